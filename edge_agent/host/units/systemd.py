@@ -1,0 +1,130 @@
+"""The systemd unit manager: two user units, a plain broker and a Quadlet agent bound to it.
+
+Owns: calls of ``systemctl --user`` and reading the units' control groups.
+Deliberately does not know: what is in the units (``quadlets/``) and why they are started.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from typing import Dict, List, Sequence
+
+from edge_agent.host.errors import MachineFailed
+from edge_agent.host.units import ACTIVE, CHANGING, INACTIVE, Process, UnitManager, read_process
+
+AGENT = "chargehand-agent.service"
+BROKER = "chargehand-broker.service"
+SYSTEMCTL = "/usr/bin/systemctl"
+# One question to the user manager; it answers in milliseconds or is broken.
+QUESTION_S = 15.0
+
+
+def user_environment() -> Dict[str, str]:
+    """What ``systemctl --user`` needs; an SSH forced command has none of it."""
+    runtime = "/run/user/%d" % os.getuid()
+    return {
+        "PATH": "/usr/bin:/bin",
+        "LC_ALL": "C.UTF-8",
+        "HOME": os.path.expanduser("~"),
+        "XDG_RUNTIME_DIR": runtime,
+        "DBUS_SESSION_BUS_ADDRESS": "unix:path=%s/bus" % runtime,
+    }
+
+
+class SystemdUnits(UnitManager):
+    name = "systemd"
+
+    def _systemctl(self, words: Sequence[str], timeout_s: float, check: bool = True) -> str:
+        try:
+            done = subprocess.run(
+                [SYSTEMCTL, "--user", "--no-pager", *words],
+                env=user_environment(),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=timeout_s,
+                check=False,
+            )
+        except FileNotFoundError:
+            raise MachineFailed("%s does not exist" % SYSTEMCTL, next_step="use units 'process' on this machine") from None
+        except subprocess.TimeoutExpired:
+            raise MachineFailed(
+                "systemctl --user %s did not end within %g s" % (" ".join(words), timeout_s),
+                next_step="look at the user manager: systemctl --user status",
+            ) from None
+        if check and done.returncode != 0:
+            said = done.stderr.decode("utf-8", "backslashreplace").strip()
+            remedy = "look at journalctl --user -u %s -u %s" % (BROKER, AGENT)
+            if "connect to bus" in said or "Failed to connect" in said:
+                remedy = "the user manager does not run: loginctl enable-linger for this user, install dbus-user-session"
+            raise MachineFailed(
+                "systemctl --user %s failed: %s" % (" ".join(words), said or "exit status %d" % done.returncode),
+                got=self.why() if "start" in words else "",
+                next_step=remedy,
+            )
+        return done.stdout.decode("utf-8", "backslashreplace")
+
+    def _show(self) -> Dict[str, Dict[str, str]]:
+        text = self._systemctl(
+            ["show", "--property=Id,LoadState,ActiveState,ControlGroup,MainPID", BROKER, AGENT], QUESTION_S
+        )
+        units: Dict[str, Dict[str, str]] = {}
+        for block in text.strip().split("\n\n"):
+            fields = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
+            units[fields.get("Id", "")] = fields
+        return units
+
+    def start(self, deadline_s: float) -> None:
+        self._systemctl(["start", AGENT], deadline_s)
+
+    def stop(self, deadline_s: float) -> None:
+        self._systemctl(["stop", AGENT, BROKER], deadline_s, check=False)
+        self._systemctl(["reset-failed", AGENT, BROKER], QUESTION_S, check=False)
+
+    def state(self) -> str:
+        states = {fields.get("ActiveState", "") for fields in self._show().values()}
+        if states <= {"inactive", "failed"}:
+            return INACTIVE
+        return ACTIVE if "active" in states else CHANGING
+
+    def processes(self) -> List[Process]:
+        pids: List[int] = []
+        for fields in self._show().values():
+            group = fields.get("ControlGroup", "")
+            if group:
+                pids.extend(_pids_below(group))
+        return [process for process in map(read_process, sorted(set(pids))) if process is not None]
+
+    def why(self) -> str:
+        """The last lines of both units' logs, as far as this user may read them."""
+        try:
+            done = subprocess.run(
+                ["/usr/bin/journalctl", "--user", "--no-pager", "-q", "-o", "cat", "-n", "12", "-u", BROKER, "-u", AGENT],
+                env=user_environment(),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=QUESTION_S,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        return done.stdout.decode("utf-8", "backslashreplace").strip()[-2000:]
+
+
+def _pids_below(group: str) -> List[int]:
+    """Every pid in a control group and the groups below it (the container's payload has its own)."""
+    for mount in ("/sys/fs/cgroup", "/sys/fs/cgroup/unified", "/sys/fs/cgroup/systemd"):
+        root = mount + group
+        if os.path.isfile(os.path.join(root, "cgroup.procs")):
+            break
+    else:
+        return []
+    pids: List[int] = []
+    for directory, _, files in os.walk(root):
+        if "cgroup.procs" in files:
+            try:
+                with open(os.path.join(directory, "cgroup.procs"), encoding="ascii") as file:
+                    pids.extend(int(line) for line in file if line.strip())
+            except OSError:
+                continue
+    return pids

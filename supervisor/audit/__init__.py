@@ -1,0 +1,1 @@
+"""The audit chain: what happened, in an order nobody can change unnoticed."""

@@ -1,0 +1,1 @@
+"""Supervised runs: states, flow, verdict, trace."""

@@ -1,0 +1,1 @@
+"""Settings: one ``chargehand.toml``, ``CHARGEHAND_`` variables over it, references instead of secrets."""

@@ -1,0 +1,1 @@
+"""The database of the centre: schema, migrations, and one small repository per kind of thing."""

@@ -1,0 +1,1 @@
+"""Migrations of the database; ``supervisor.store.migrate`` runs them."""

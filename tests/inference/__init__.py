@@ -1,0 +1,1 @@
+"""Tests of ``inference``; ``scripted_server`` is used by other tests too."""
