@@ -41,17 +41,26 @@ def make_spans(count: int) -> list[Span]:
             root = number == SPANS_A_RUN
             made.append(
                 Span(
-                    trace_id(run), span_id(run, "root" if root else f"c{number}"), None if root else span_id(run, "root"),
-                    names.MESSAGE_PROCESSED if root else names.TOOL_EXECUTION, start, start + 20_000_000,
-                    {
-                        names.MLFLOW_SPAN_TYPE: names.CHAIN if root else names.TOOL, names.RUN_ID: run,
-                        names.MACHINE: "web-01", names.CALL_ID: f"c{number}", names.GEN_AI_TOOL_NAME: "exec",
-                        names.DECISION: "allow", names.RULE: "df", names.EXIT_STATUS: 0,
+                    trace_id=trace_id(run),
+                    span_id=span_id(run, "root" if root else f"c{number}"),
+                    parent_id=None if root else span_id(run, "root"),
+                    name=names.MESSAGE_PROCESSED if root else names.TOOL_EXECUTION,
+                    start_ns=start,
+                    end_ns=start + 20_000_000,
+                    attributes={
+                        names.MLFLOW_SPAN_TYPE: names.CHAIN if root else names.TOOL,
+                        names.RUN_ID: run,
+                        names.MACHINE: "web-01",
+                        names.CALL_ID: f"c{number}",
+                        names.GEN_AI_TOOL_NAME: "exec",
+                        names.DECISION: "allow",
+                        names.RULE: "df",
+                        names.EXIT_STATUS: 0,
                         names.MLFLOW_SPAN_INPUTS: {"argv": ["/usr/bin/df", "-hT"]},
                         names.MLFLOW_SPAN_OUTPUTS: {"stdout": OUTPUT, "exit_status": 0},
                     },
                     status="ok",
-                )  # fmt: skip
+                )
             )
     return made[:count]
 
@@ -135,7 +144,11 @@ def table(result: dict[str, Any]) -> str:
         ("accepted, 100 spans a put", f"{result['put_batched_per_s']:,.0f} /s", "≥ 10,000 /s"),
         ("accepted, 1 span a put", f"{result['put_single_per_s']:,.0f} /s", ""),
         ("delivered to MLflow, batches", f"{result['delivered_per_s']:,.0f} /s", "≥ 1,500 /s"),
-        ("delivered to MLflow, one by one", f"{result['delivered_one_by_one_per_s']:,.0f} /s", "(what batching is for)"),
+        (
+            "delivered to MLflow, one by one",
+            f"{result['delivered_one_by_one_per_s']:,.0f} /s",
+            "(what batching is for)",
+        ),
         ("MLflow answers, first start", f"{result['start_first_s']:.1f} s", ""),
         ("MLflow answers, later starts", f"{result['start_again_s']:.1f} s", ""),
         ("MLflow memory afterwards", f"{result['mlflow_rss_mb']:.0f} MB", ""),
@@ -145,7 +158,9 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.spans", description="Measure B6: the span spool and delivery.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.spans", description="Measure B6: the span spool and delivery."
+    )
     parser.add_argument("--spans", type=int, default=5000, help="spans of one round (default 5000)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds after the warm-up (default 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")

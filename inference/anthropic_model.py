@@ -19,7 +19,7 @@ from inference import tokens
 from inference.accumulate import TextJoiner
 from inference.attempts import Retries, Timeouts, attempts
 from inference.cost import Pricer
-from inference.errors import BadAnswer, InferenceError, ModelTimeout, ModelUnavailable, StreamCut
+from inference.errors import BadAnswer, InferenceError, ModelTimeout, ModelUnavailable, RequestRefused, StreamCut
 from inference.http_errors import error_fields, error_for
 from inference.keys import Secret
 from inference.openai_model import local_address
@@ -354,6 +354,12 @@ class AnthropicModel:
                 response.headers if response is not None else {},
                 time.time(),
                 request_id=str(getattr(error, "request_id", None) or ""),
+                **who,
+            )
+        if isinstance(error, anthropic.AnthropicError):
+            return RequestRefused(
+                f"asked anthropic model {self.name!r} at {self.base_url}, its SDK refused: {type(error).__name__} "
+                f"{self._key.scrub(str(error))!r}; check the model's settings",
                 **who,
             )
         if isinstance(error, (ValueError, TypeError, AttributeError, KeyError, RecursionError)):

@@ -18,7 +18,9 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 
 from inference.errors import BadAnswer, InferenceError, ModelTimeout, RateLimited
-from inference.protocol import Event, Finished, Notice
+from inference.protocol import Event, Finished, Notice, TextDelta
+
+ANSWER_CHARS = 2_000_000  # most text of one answer, characters: the longest answer limits are below 200,000 tokens
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,7 +79,7 @@ async def attempts(
     deadline = now() + timeouts.total
     number = 1
     while True:
-        said = False
+        said, chars = False, 0
         try:
             async with (
                 contextlib.aclosing(attempt()) as events,
@@ -85,6 +87,9 @@ async def attempts(
             ):
                 async for event in timed:
                     said = said or not isinstance(event, Notice)
+                    chars += len(event.text) if isinstance(event, TextDelta) else 0
+                    if chars > ANSWER_CHARS:
+                        raise BadAnswer(f"the model's answer is longer than {ANSWER_CHARS} characters and was given up")
                     yield event
                     if isinstance(event, Finished):
                         return

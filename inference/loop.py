@@ -227,7 +227,7 @@ async def run_loop(
     except _Ended as end:
         found = end.report
         if found is not None:
-            notes = (*found.notes, *loop.report_notes)
+            notes = (*found.notes, *loop.report_notes())
             found = dataclasses.replace(found, model=f"{model.provider}:{model.name}", notes=notes)
         return LoopResult(end.outcome, end.reason, found, loop.totals, loop.steps, end.limit, end.error)
     raise AssertionError("the loop ended without saying how")
@@ -269,7 +269,7 @@ class _Loop:
         self.executed: set[str] = set()
         self.not_executed: dict[str, str] = {}
         self.refusals: dict[str, int] = {}
-        self.report_notes: list[str] = []
+        self.shortened: set[str] = set()
         self.told: set[str] = set()
 
     # --- one turn after the other ---------------------------------------------------------------------------------
@@ -330,6 +330,13 @@ class _Loop:
     def _tell(self, text: str) -> None:
         self.messages.append(UserMessage(text))
 
+    def report_notes(self) -> list[str]:
+        """What the reader of the report must know of how it came about."""
+        if not self.shortened:
+            return []
+        names = ", ".join(sorted(self.shortened))
+        return [f"to fit the model's window, results were shortened before the report was written: {names}"]
+
     # --- inference ------------------------------------------------------------------------------------------------
 
     async def _infer(self, last: bool) -> Completion:
@@ -372,6 +379,7 @@ class _Loop:
         shown = (report.REPORT_TOOL,) if last else self.tools
         fitted = context.fit(self.system, shown, self.messages, self.window, answer, self.factor)
         for cut in fitted.shortened:
+            self.shortened.add(self._call_named(fitted.messages[cut.position]))
             self._note(
                 f"to fit the model's window of {self.window} tokens a tool result was shortened from {cut.before} to "
                 f"{cut.after} characters ({self._call_named(fitted.messages[cut.position])})"
@@ -413,7 +421,7 @@ class _Loop:
         self.steps += 1
         self.totals.inferences += 1
         inference_id = f"i{self.steps}"
-        who = {"provider": self.model.provider, "model": self.model.name}
+        who: dict[str, Any] = {"provider": self.model.provider, "model": self.model.name}
         self.emit("inference.started", {"inference_id": inference_id, **who, "step": self.steps})
         started = self.now()
         completion = Completion()
@@ -427,6 +435,10 @@ class _Loop:
             failed = error
         except _Ended as end:
             stopped = end
+        except Exception as error:  # noqa: BLE001 - it becomes the result's error
+            # the inference was announced, so its end must be told whatever it was
+            failed = InferenceError(f"the model failed in an unforeseen way: {type(error).__name__}: {error}", **who)
+            failed.__cause__ = error
         usage = completion.usage
         if usage is None and (failed is None or completion.text or stopped is not None):
             # asked for and perhaps paid for: an estimate counts against the limits, silence would not

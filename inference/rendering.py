@@ -52,9 +52,8 @@ def shortened(text: str, chars: int) -> str:
 def evidence_text(call: ToolCall, decision: Decision, evidence: Evidence, nonce: str, chars: int = OUTPUT_CHARS) -> str:
     """The result of an executed call. ``chars``: most characters of output."""
     lines = [f"call {call.call_id} ({call.tool}): executed, rule {decision.rule!r}, {_took(evidence.duration_ms)}"]
-    if evidence.error:
-        lines.append(f"not completed: {printable(evidence.error)}")
-    parts: list[str] = []
+    # the reason may quote what the machine wrote, so it stands inside the markers as well
+    parts: list[str] = [f"not completed: {evidence.error}"] if evidence.error else []
     if evidence.data is not None:
         parts.append(json.dumps(evidence.data, ensure_ascii=False, separators=(",", ":"), default=str))
         failed: Sequence[StepResult] = [step for step in evidence.steps if not step.ok]

@@ -88,7 +88,9 @@ class MlflowReader:
         With ``create`` a missing one is made and a deleted one restored (MLflow keeps the name of a deleted one taken).
         Raises ``MlflowError``.
         """
-        found = self._ask("GET", "/api/2.0/mlflow/experiments/get-by-name", params={"experiment_name": name}, absent=True)
+        found = self._ask(
+            "GET", "/api/2.0/mlflow/experiments/get-by-name", params={"experiment_name": name}, absent=True
+        )
         if found is not None:
             experiment = found["experiment"]
             identity = str(experiment["experiment_id"])
@@ -199,7 +201,8 @@ class MlflowReader:
             document = response.json()
         except ValueError as error:
             raise MlflowError(
-                f"asked MLflow {method} {path}, expected JSON, got {response.text[:100]!r}; is it an MLflow server?", 200
+                f"asked MLflow {method} {path}, expected JSON, got {response.text[:100]!r}; is it an MLflow server?",
+                200,
             ) from error
         if not isinstance(document, dict):
             raise MlflowError(f"asked MLflow {method} {path}, expected an object, got {str(document)[:100]!r}", 200)
@@ -214,7 +217,9 @@ def on_loopback(url: str) -> bool:
 
 def trace_url(base_url: str, trace_id: str, experiment_id: str) -> str:
     """Where a person sees the trace in MLflow's UI."""
-    return f"{base_url.rstrip('/')}/#/experiments/{quote(experiment_id)}/traces?selectedEvaluationId={_PREFIX}{trace_id}"
+    return (
+        f"{base_url.rstrip('/')}/#/experiments/{quote(experiment_id)}/traces?selectedEvaluationId={_PREFIX}{trace_id}"
+    )
 
 
 def _must(document: dict[str, Any] | None) -> dict[str, Any]:
@@ -249,4 +254,6 @@ def _info(document: Mapping[str, Any]) -> TraceInfo:
             response_preview=document.get("response_preview", ""),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise MlflowError(f"MLflow gave back a trace that cannot be read: {str(document)[:200]!r}: {error}", 200) from error
+        raise MlflowError(
+            f"MLflow gave back a trace that cannot be read: {str(document)[:200]!r}: {error}", 200
+        ) from error

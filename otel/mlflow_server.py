@@ -3,8 +3,8 @@
 Owns: the child's command line and environment, its start, readiness, log and end.
 Deliberately does not know: spans and delivery; nothing may wait for this server but a person who wants to look at it.
 
-Measured on a small two-core machine: 4 s to the first answer with compiled bytecode (nearly all of it MLflow's
-imports), 10 s at the very first start without, about 270 MB of memory.
+Measured on a two-core machine: 8 s to the answer at the very first start (compiling bytecode, making the tables), 2.3
+to 4 s at later ones (nearly all of it MLflow's imports), 270 to 310 MB of memory.
 """
 
 from __future__ import annotations
@@ -126,7 +126,9 @@ class MlflowServer:
         or ``deadline_s`` pass."""
         process = self._process
         if process is None:
-            raise MlflowServerFailed("waited for the embedded MLflow server, but it was not started: call start() first")
+            raise MlflowServerFailed(
+                "waited for the embedded MLflow server, but it was not started: call start() first"
+            )
         began = time.monotonic()
         async with httpx.AsyncClient(base_url=self.url, timeout=2.0, trust_env=False) as client:
             while True:

@@ -64,7 +64,7 @@ def refused_by(answer: bytes) -> tuple[int, str]:
     no OTLP (some servers answer 200 with an empty or a JSON body)."""
     if not answer:
         return 0, ""
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from google.protobuf.message import DecodeError
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 
     try:

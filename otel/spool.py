@@ -175,7 +175,9 @@ class Spool:
                     db.execute(statement)
                 db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
             elif version != _SCHEMA_VERSION:
-                raise sqlite3.DatabaseError(f"a spool of schema version {version}, this program writes {_SCHEMA_VERSION}")
+                raise sqlite3.DatabaseError(
+                    f"a spool of schema version {version}, this program writes {_SCHEMA_VERSION}"
+                )
 
     def __enter__(self) -> Self:
         return self
@@ -291,9 +293,9 @@ class Spool:
         skipped = set(skip)
         with self._lock:
             rows = self._db.execute(
-                f"SELECT id, body, attempts FROM span WHERE state = 0 AND attempts {'> 0' if suspects else '= 0'}"
+                "SELECT id, body, attempts FROM span WHERE state = 0 AND attempts BETWEEN ? AND ?"
                 " ORDER BY attempts, id LIMIT ?",
-                (limit + len(skipped),),
+                (1 if suspects else 0, 2**31 if suspects else 0, limit + len(skipped)),
             ).fetchall()
         return [
             Held(row, Span.from_json(json.loads(body)), attempts, len(body))
@@ -373,7 +375,9 @@ class Spool:
         """How many spans of one trace wait to be delivered."""
         with self._lock:
             return int(
-                self._db.execute("SELECT count(*) FROM span WHERE trace_id = ? AND state = 0", (trace_id,)).fetchone()[0]
+                self._db.execute("SELECT count(*) FROM span WHERE trace_id = ? AND state = 0", (trace_id,)).fetchone()[
+                    0
+                ]
             )
 
     def counts(self) -> dict[str, int]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from typing import Any, Dict, List, Mapping, Optional, Protocol, Sequence, Tuple
 
 from tools import command_text, grammar
@@ -96,6 +97,10 @@ class RunContext:
 NO_GRANTS = RunContext()
 
 
+# What these files say depends on the network namespace of the one who reads them.
+_NETWORK_FILE = re.compile(r"/proc/(?:[0-9]+/)?net(?:/|$)|/proc/sys/net/|/sys/class/net/|/sys/devices/.*/net/")
+
+
 class _NotInstalled(Refusal):
     """The rule would allow it, but none of its binaries is on the machine."""
 
@@ -103,13 +108,15 @@ class _NotInstalled(Refusal):
 class _Sight:
     """The look a kind's check has: sets and path rules of the policy, joined with the machine's own."""
 
-    __slots__ = ("policy", "host", "rules", "tree")
+    __slots__ = ("host", "policy", "rules", "tree", "trees")
 
     def __init__(self, policy: Policy, host: HostView) -> None:
         self.policy = policy
         self.host = host
         self.rules: PathRules = policy.path_rules(host.secret_roots)
         self.tree = False
+        # The directories a tree reader was given, resolved.
+        self.trees: List[str] = []
 
     def member(self, set_name: str, value: str) -> bool:
         exact, beginnings = self.policy.members[set_name]
@@ -143,12 +150,9 @@ class _Sight:
         if roots and not any(real == root or real.startswith(root + "/") for root in roots):
             raise Refusal("path %.200r is not under %s" % (path, ", ".join(roots)), "name a file there")
         if tree:
-            below = self.rules.secret_below(real)
-            if below is not None or real.startswith(("/proc", "/sys")):
-                raise Refusal(
-                    "reading everything below %.200r would read %s" % (path, below or "the kernel's own files"),
-                    "name a directory that holds no secrets, such as /var/log or /etc/systemd, or single files",
-                )
+            if real.startswith(("/proc", "/sys")):
+                raise Refusal("reading everything below %.200r would read the kernel's own files" % path, "name the files")
+            self.trees.append(real)
         # A trailing slash says "the directory, not the link"; the resolved path needs none.
         return real
 
@@ -265,7 +269,7 @@ def _exec(policy: Policy, arguments: Mapping[str, Any], host: HostView, context:
     granted = True
     for number, stage_text in enumerate(read, 1):
         try:
-            stage, rule, effect, reason, grant = _stage(policy, stage_text, sight, context)
+            stage, rule, effect, reason, grant = _stage(policy, stage_text, sight, context, number > 1)
         except Refusal as refused:
             rule_name = _rule_name(policy, stage_text.words)
             prefix = "stage %d: " % number if len(read) > 1 else ""
@@ -302,7 +306,7 @@ def _rule_name(policy: Policy, words: Sequence[Any]) -> str:
 
 
 def _stage(
-    policy: Policy, text: command_text.StageText, sight: _Sight, context: RunContext
+    policy: Policy, text: command_text.StageText, sight: _Sight, context: RunContext, piped: bool
 ) -> Tuple[Stage, Rule, str, str, bool]:
     limits = policy.limits
     words: Sequence[str] = text.words
@@ -322,8 +326,9 @@ def _stage(
         words = _expand(words, text.globs, sight, limits.glob_paths)
     parsed = grammar.parse(rule.command, words[1:], rule.name)
     sight.tree = parsed.tree
+    sight.trees = []
     out: List[str] = []
-    reads_path = False
+    reads_path, network = False, rule.network
     for item in parsed.items:
         kind = item.kind
         if kind is None:
@@ -333,15 +338,19 @@ def _stage(
             value = kind.check(item.value, sight)
         except Refusal as refused:
             raise Refusal("%s: %s: %s" % (rule.name, item.label, refused.reason), refused.hint) from None
-        reads_path = reads_path or kind.is_path
+        if kind.is_path:
+            reads_path = True
+            network = network or _NETWORK_FILE.match(value) is not None
         out.append(item.prefix + value)
     if parsed.tree and not reads_path:
         raise Refusal(
             "%s: reading whole directories needs a start directory" % rule.name, "add an absolute path such as /var/log"
         )
-    argv = grammar.assemble(binary, parsed, out)
+    argv = grammar.assemble(binary, parsed, out, _left_out(parsed, sight, rule.name))
     effect, reason = rule.effect, rule.reason
     for command in parsed.commands:
+        if piped and command.first:
+            raise Refusal("%s may not stand behind a pipe: it would send on what it is given" % rule.name, "send it alone")
         effect = command.effect or effect
         reason = command.reason or reason
     granted = effect == OBSERVE or (
@@ -351,9 +360,23 @@ def _stage(
         binary, tuple(argv), {**policy.env, **rule.env} if rule.env else policy.env,
         rule.timeout_s if rule.timeout_s is not None else limits.timeout_s,
         rule.output_bytes if rule.output_bytes is not None else limits.output_bytes,
-        text.stderr, rule.writes, rule.network,
+        text.stderr, rule.writes, network,
     )  # fmt: skip
     return stage, rule, effect, reason, granted
+
+
+def _left_out(parsed: grammar.Parsed, sight: _Sight, program: str) -> List[str]:
+    """The options by which a tree reader leaves out what is secret below the directories it was given."""
+    names = sorted({name for tree in sight.trees for name in sight.rules.secret_names_below(tree)})
+    if not names:
+        return []
+    beginnings = [beginning for command in parsed.commands for beginning in command.excludes]
+    if not beginnings:
+        raise Refusal(
+            "%s: reading everything below %s would read %s" % (program, ", ".join(sight.trees), names[0]),
+            "name single files",
+        )
+    return [beginning + name for beginning in beginnings for name in names]
 
 
 def _find_rule(policy: Policy, program: str) -> Rule:

@@ -261,6 +261,7 @@ class _Reading:
             following = command.by_name.get(item.value)
             if following is None:
                 raise self._no_command(command, item.value)
+            item.prefix = item.value  # a word of the command's own: taken as it stands, nothing to check
             self.parsed.command_at = self.parsed.items.index(item) + 1
             self.parsed.commands.append(following)
             self.program = "%s %s" % (self.program, following.names[0])
@@ -390,11 +391,12 @@ def _near(command: Command, name: str) -> str:
     return "allowed are %s" % _some(names) if names else "no option is allowed"
 
 
-def assemble(binary: str, parsed: Parsed, words: Sequence[str]) -> List[str]:
-    """The argv that runs: ``binary``, the checked ``words`` (one per item) and what the commands always add."""
+def assemble(binary: str, parsed: Parsed, words: Sequence[str], added: Sequence[str] = ()) -> List[str]:
+    """The argv that runs: ``binary``, the checked ``words`` (one per item), what the commands always add, and the options
+    ``added`` after every option that was asked for (where two contradict each other, the last one holds)."""
     front: List[str] = []
     middle: List[str] = []
-    last: List[str] = []
+    last: List[str] = list(added)
     end: List[str] = []
     used = parsed.used
     for command in parsed.commands:

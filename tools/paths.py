@@ -17,9 +17,10 @@ import os
 import posixpath
 import re
 import stat
-from typing import List, Optional, Pattern, Sequence, Tuple
+from typing import Dict, List, Optional, Pattern, Sequence, Tuple
 
 PATH_BYTES = 4095  # PATH_MAX less its NUL
+_BELOW_KEPT = 256  # trees whose secrets are remembered; a run asks about few
 
 
 class PathRefused(Exception):
@@ -114,6 +115,7 @@ class PathRules:
         self.write_roots = tuple(root.rstrip("/") or "/" for root in write_roots)
         self._plain_secrets = tuple(root.rstrip("/") for root in secret_roots if not _has_glob(root))
         self._glob_secrets = tuple(root for root in secret_roots if _has_glob(root))
+        self._below: Dict[str, Tuple[str, ...]] = {}
         self._secret_regex: Optional[Pattern[str]] = None
         parts = [re.escape(root) for root in self._plain_secrets] + [glob_regex(g) for g in self._glob_secrets]
         if parts:
@@ -126,25 +128,31 @@ class PathRules:
         """Whether a normal path is, or lies below, a secret root."""
         return self._secret_regex is not None and self._secret_regex.fullmatch(path) is not None
 
-    def secret_below(self, path: str) -> Optional[str]:
-        """A secret root that lies, or may lie, below the directory ``path``, or ``None``.
+    def secret_names_below(self, path: str) -> Tuple[str, ...]:
+        """The last components (names or globs) of every secret root that lies, or may lie, below the directory ``path``.
 
-        Globs that begin with ``/**`` may match anywhere and are not counted: a rule that reads a whole tree must leave
-        them out by an option of its binary.
+        Empty: nothing below it is secret. A program that reads the whole tree must leave these names out.
         """
-        for root in self._plain_secrets:
-            if _under(root, path):
-                return root
+        known = self._below.get(path)
+        if known is not None:
+            return known
+        names = {posixpath.basename(root) for root in self._plain_secrets if _under(root, path) and root != path}
         steps = [step for step in path.split("/") if step]
         for pattern in self._glob_secrets:
             wanted = [step for step in pattern.split("/") if step]
-            if wanted[0] == "**":
-                continue
-            if len(wanted) > len(steps) and all(
-                re.fullmatch(glob_regex(want), step) for want, step in zip(wanted, steps)
-            ):
-                return pattern
-        return None
+            if "**" in wanted:
+                # It may match at any depth, so only what stands before it can rule it out.
+                wanted_here = wanted[: wanted.index("**")]
+                longer = True
+            else:
+                wanted_here = wanted
+                longer = len(wanted) > len(steps)
+            if longer and all(re.fullmatch(glob_regex(want), step) for want, step in zip(wanted_here, steps)):
+                names.add(wanted[-1])
+        found = tuple(sorted(names))
+        if len(self._below) < _BELOW_KEPT:
+            self._below[path] = found
+        return found
 
     def root_of(self, path: str) -> Optional[str]:
         """The read root a normal path lies under, ``None`` if none; under /proc and /sys the kernel files decide."""

@@ -219,7 +219,9 @@ class Command:
     ``names``: of the sub-command, all of them exact (empty for the binary itself). ``bare``: whether a command with
     sub-commands may stand alone. ``require``: groups of options, of each at least one must stand. ``conflicts``: groups
     of options, of each at most one may. ``refused``: option or sub-command -> why it is not allowed, for the refusal's
-    text only (nothing is allowed by leaving a name out here). ``effect``: ``None`` means that of what it belongs to.
+    text only (nothing is allowed by leaving a name out here). ``effect``: ``None`` means that of what it belongs to. ``excludes``: the
+    beginnings of the options by which a tree reader leaves out names (``--exclude=``); the gate adds them with the names
+    of the secrets below the tree. ``first``: it may not stand behind a pipe (it would send on what it is given).
     """
 
     names: Tuple[str, ...] = ()
@@ -234,6 +236,8 @@ class Command:
     require: Tuple[Tuple[str, ...], ...] = ()
     conflicts: Tuple[Tuple[str, ...], ...] = ()
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    excludes: Tuple[str, ...] = ()
+    first: bool = False
 
     @functools.cached_property
     def table(self) -> Dict[str, Option]:
@@ -270,10 +274,12 @@ class Command:
                 "always": [always.to_json() for always in self.always],
                 "require": [list(group) for group in self.require],
                 "conflicts": [list(group) for group in self.conflicts], "refused": dict(self.refused),
+                "excludes": list(self.excludes), "first": self.first,
             },
             {
                 "names": [], "style": GNU, "options": [], "positionals": [], "commands": [], "bare": False,
                 "effect": None, "reason": "", "always": [], "require": [], "conflicts": [], "refused": {},
+                "excludes": [], "first": False,
             },
         )  # fmt: skip
 
@@ -559,6 +565,8 @@ def _command(reader: _Reader, kinds: _Kinds, depth: int = 0) -> Command:
         _groups(reader, "require"),
         _groups(reader, "conflicts"),
         reader.string_map("refused"),
+        reader.strings("excludes", ()),
+        reader.flag("first", False),
     )
     _check_command(reader, command)
     return command

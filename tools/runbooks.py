@@ -317,9 +317,14 @@ class _Validation:
         if "for_each" in check:
             rows = _shape_at(shape, check["for_each"])
             if not isinstance(rows, list):
-                self._say((*place, "for_each"), "expected a field that holds a list, got %.60r; %s" % (
-                    check["for_each"], nearest(check["for_each"], [n for n in shape if isinstance(shape[n], list)], "lists"),
-                ))  # fmt: skip
+                self._say(
+                    (*place, "for_each"),
+                    "expected a field that holds a list, got %.60r; %s"
+                    % (
+                        check["for_each"],
+                        nearest(check["for_each"], [n for n in shape if isinstance(shape[n], list)], "lists"),
+                    ),
+                )
                 return
             row = rows[0] if isinstance(rows[0], Mapping) else {"item": rows[0]}
             scopes = [row, shape]
@@ -348,9 +353,14 @@ class _Validation:
             elif not self._known(field, scopes):
                 self._say(place, "unknown field {%.60s}; %s" % (field, nearest(field, _all_fields(scopes), "fields")))
             elif isinstance(_first_shape(scopes, field), Mapping):
-                self._say(place, "field {%s} is a group; name one of its fields: %s" % (
-                    field, ", ".join(sorted(_first_shape(scopes, field))),
-                ))  # fmt: skip
+                self._say(
+                    place,
+                    "field {%s} is a group; name one of its fields: %s"
+                    % (
+                        field,
+                        ", ".join(sorted(_first_shape(scopes, field))),
+                    ),
+                )
         if "{" in _PLACEHOLDER.sub("", text) or "}" in _PLACEHOLDER.sub("", text):
             self._say(place, "a brace without its partner; a placeholder is written {field}")
 
@@ -409,18 +419,36 @@ class _Validation:
 
 _WORDS = {str: "text", dict: "a mapping", list: "a list", bool: "true or false"}
 _RUNBOOK_FIELDS: Mapping[str, Tuple[type, bool]] = {
-    "name": (str, True), "title": (str, True), "description": (str, True), "labels": (list, False),
-    "parameters": (dict, False), "steps": (list, True), "checks": (list, False),
-}  # fmt: skip
+    "name": (str, True),
+    "title": (str, True),
+    "description": (str, True),
+    "labels": (list, False),
+    "parameters": (dict, False),
+    "steps": (list, True),
+    "checks": (list, False),
+}
 _STEP_FIELDS: Mapping[str, Tuple[type, bool]] = {
-    "id": (str, True), "observer": (str, True), "title": (str, True), "parameters": (dict, False),
-    "optional": (bool, False), "ok": (str, False), "needs": (str, False),
-}  # fmt: skip
+    "id": (str, True),
+    "observer": (str, True),
+    "title": (str, True),
+    "parameters": (dict, False),
+    "optional": (bool, False),
+    "ok": (str, False),
+    "needs": (str, False),
+}
 _CHECK_FIELDS: Mapping[str, Tuple[type, bool]] = {
-    "id": (str, True), "step": (str, True), "when": (dict, True), "severity": (str, True), "title": (str, True),
-    "detail": (str, False), "suggestion": (str, False), "for_each": (str, False), "key": (str, False),
-    "unless": (str, False), "optional": (bool, False),
-}  # fmt: skip
+    "id": (str, True),
+    "step": (str, True),
+    "when": (dict, True),
+    "severity": (str, True),
+    "title": (str, True),
+    "detail": (str, False),
+    "suggestion": (str, False),
+    "for_each": (str, False),
+    "key": (str, False),
+    "unless": (str, False),
+    "optional": (bool, False),
+}
 
 
 def _shape_at(shape: Any, field: str) -> Any:
@@ -553,7 +581,7 @@ def _value_at(scope: Scope, field: str) -> Any:
             found = found.get(part) if isinstance(found, Mapping) else None
         if found is not None:
             return found
-        if field.split(".")[0] in values:
+        if field.split(".", maxsplit=1)[0] in values:
             return None
     return None
 
@@ -699,8 +727,11 @@ def _summary(runbook: Runbook, findings: Sequence[Finding], notes: Sequence[str]
     worst = [f.title for f in findings if f.severity in ("critical", "warning") and not f.id.endswith("-unobserved")]
     if worst:
         text = "%d critical, %d %s. First: %s." % (
-            counts["critical"], counts["warning"], "warning" if counts["warning"] == 1 else "warnings", "; ".join(worst[:3]),
-        )  # fmt: skip
+            counts["critical"],
+            counts["warning"],
+            "warning" if counts["warning"] == 1 else "warnings",
+            "; ".join(worst[:3]),
+        )
     else:
         text = "nothing wrong was found in what could be observed (areas well: %d)." % counts["ok"]
     if unseen:
@@ -711,7 +742,8 @@ def _summary(runbook: Runbook, findings: Sequence[Finding], notes: Sequence[str]
 def _reasons(data: Mapping[str, Any]) -> str:
     """Why parts of the data are missing, one line."""
     said: List[str] = []
-    for entry in data.get("unavailable") or ():
+    entries = data.get("unavailable")
+    for entry in entries if isinstance(entries, list) else ():
         if isinstance(entry, Mapping):
             reason = "%s: %s" % (clean(str(entry.get("probe") or "more"), 60), entry.get("reason"))
             if reason not in said:
@@ -815,18 +847,25 @@ def _raised(runbook: Runbook, check: Check, call_id: str, hits: Sequence[Hit]) -
     for key, scope in hits[:MAX_ROWS]:
         name = check.id if not check.for_each else "%s:%.80s" % (check.id, key)
         seen[name] = seen.get(name, 0) + 1
-        findings.append(Finding(
-            id=name if seen[name] == 1 else "%s#%d" % (name, seen[name]),
-            severity=check.severity,
-            title=filled(check.title, scope, runbook.parameters),
-            detail=told(check.detail, scope, runbook.parameters),
-            evidence=(call_id,),
-            suggestion=filled(check.suggestion, scope, runbook.parameters, commands=True),
-        ))  # fmt: skip
+        findings.append(
+            Finding(
+                id=name if seen[name] == 1 else "%s#%d" % (name, seen[name]),
+                severity=check.severity,
+                title=filled(check.title, scope, runbook.parameters),
+                detail=told(check.detail, scope, runbook.parameters),
+                evidence=(call_id,),
+                suggestion=filled(check.suggestion, scope, runbook.parameters, commands=True),
+            )
+        )
     if len(hits) > MAX_ROWS:
         others = [str(key) for key, _ in hits[MAX_ROWS:]]
-        findings.append(Finding(
-            id=check.id + ":more", severity=check.severity, title="%d more like this" % len(others),
-            detail=shown("", others), evidence=(call_id,),
-        ))  # fmt: skip
+        findings.append(
+            Finding(
+                id=check.id + ":more",
+                severity=check.severity,
+                title="%d more like this" % len(others),
+                detail=shown("", others),
+                evidence=(call_id,),
+            )
+        )
     return findings

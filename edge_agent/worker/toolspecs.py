@@ -1,5 +1,15 @@
+"""What models are told about the tools.
+
+Owns: turning the catalogue (``tools.catalogue``) into the tool specifications of ``inference``.
+"""
+
 from __future__ import annotations
+
 from inference.protocol import ToolSpec
+from tools.catalogue import catalogue
 from tools.observers.registry import OBSERVERS
+
+
 def tool_specs() -> tuple[ToolSpec, ...]:
-    return tuple(ToolSpec(o.name, o.summary, o.schema()) for o in OBSERVERS.values())
+    """``exec``, ``read``, ``write`` and every observer, in the order of the catalogue."""
+    return tuple(ToolSpec(tool.name, tool.description, dict(tool.parameters)) for tool in catalogue(OBSERVERS))

@@ -253,23 +253,23 @@ async def dialled(
     tasks: set[asyncio.Task[None]] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        if task is not None:
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
         try:
             async with connection.create_process(verb, encoding=None) as process:
                 async with asyncio.timeout(timeout_s):
                     hello = await process.stdout.readline()
-                if not hello.startswith(b'{"ok":true'):
-                    return
-                await _splice(reader, writer, process)
+                if hello.startswith(b'{"ok":true'):
+                    await _splice(reader, writer, process)
         except (OSError, asyncssh.Error, TimeoutError):
             return  # the client of the socket sees its connection end and says so in its own words
         finally:
             writer.close()
 
-    server = await asyncio.start_unix_server(serve, socket_path, limit=1 << 20)
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(serve(reader, writer))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    server = await asyncio.start_unix_server(accept, socket_path, limit=1 << 20)
     try:
         yield
     finally:

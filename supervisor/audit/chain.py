@@ -222,6 +222,12 @@ class ChainChecker:
         stored_at = {record.seq for record, _ in self._damaged}
         places = sorted(stored_at | {place for _, place in self._damaged})[:MAX_GUESSES]
         for record, _ in self._damaged:
+            following = self._last.seq + 1
+            if _written_as(record, [following]) is not None:
+                # The last record was given a number further up.
+                self._advance(following, record.hash, None)
+                self._report_number(record, following)
+                continue
             missing = self._missing_number_of(record)
             written_as = missing if missing is not None else _written_as(record, places)
             if written_as is None:

@@ -30,10 +30,10 @@ from sqlalchemy import Connection, RowMapping, insert, select
 
 from supervisor.audit import kinds
 from supervisor.audit.chain import GENESIS, Head
-from supervisor.audit.ledger import Ledger, append_within, prepared, read_heads
+from supervisor.audit.ledger import Ledger, append_within, locked_heads, prepared, read_heads
 from supervisor.errors import AuditFailed, BadInput
-from supervisor.store.engine import is_sqlite, reading, writing
-from supervisor.store.schema import audit_chains, audit_checkpoints
+from supervisor.store.engine import reading, writing
+from supervisor.store.schema import audit_checkpoints
 from tools.values import JsonObject, canonical
 
 FORMAT = 1
@@ -221,11 +221,8 @@ def make_checkpoint(ledger: Ledger, signer: Signer) -> Checkpoint | None:
     """
     at_us = ledger.now_us()
     with writing(ledger.engine) as connection:
-        if not is_sqlite(ledger.engine):
-            # Two gateways must not give the same number; the chain of the gateway is the lock.
-            connection.execute(
-                select(audit_chains).where(audit_chains.c.chain == kinds.GATEWAY_CHAIN).with_for_update()
-            )
+        # Two gateways must not give the same number; the chain of the gateway is the lock.
+        locked_heads(connection, [kinds.GATEWAY_CHAIN])
         heads = read_heads(connection)
         last = last_checkpoint(connection)
         if not heads or (last is not None and not _news(heads, last)):

@@ -263,8 +263,11 @@ def _as_record(line: JsonObject) -> Record:
         fields["body"] = canonical(fields["body"]).decode("ascii")
     # Raises for text that no body can be, so that the line is told instead of the check failing.
     fields["body"].encode("utf-8", "surrogateescape")
-    if not isinstance(fields["chain"], str) or not isinstance(fields["seq"], int):
-        raise BadInput("this record has no place in a chain")
+    for name, value in fields.items():
+        number = name in ("seq", "at_us")
+        empty = value is None and name in ("run_id", "key")
+        if not empty and type(value) is not (int if number else str):
+            raise BadInput(f"the field {name!r} of this record is not of the kind it was exported with")
     return Record(**fields)
 
 

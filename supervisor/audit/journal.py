@@ -95,12 +95,15 @@ def verify_journal(
         seq = entry["seq"]
         if entry["run_id"] != run_id:
             report(FOREIGN, place, f"line {place} belongs to another run", run_id, entry["run_id"])
+        elif seq != expected and entry["prev"] == previous:
+            report(CHANGED, place, f"the number of line {place} was changed to {seq}", expected, seq)
+            seq = expected
         elif seq != expected:
             if seq > expected and not numbers & set(range(expected, min(seq, expected + len(lines) + 1))):
                 report(REMOVED, expected, f"line {expected} is missing", entry["prev"], previous, last=seq - 1)
             else:
                 report(REORDERED, seq, f"line {seq} stands at place {place}", place, seq)
-        elif entry["prev"] != previous:
+        elif entry["prev"] != previous and (place == 1 or place - 1 not in {told.seq for told in breaks}):
             kind, where = (CHANGED, place - 1) if place > 1 else (FOREIGN, 1)
             message = f"line {where} is not the one that line {seq} was written after"
             report(kind, where, message, entry["prev"], previous)

@@ -291,7 +291,7 @@ def open_ledger(url: str, *, password: str | None = None) -> Ledger:
 def append_within(connection: Connection, entries: Sequence[_Prepared]) -> list[Record]:
     """Chain ``entries`` inside the writing transaction ``connection``, which the caller commits."""
     names = sorted({entry.chain for entry in entries})
-    heads = _locked_heads(connection, names)
+    heads = locked_heads(connection, names)
     standing = _standing(connection, entries)
     records: list[Record] = []
     fresh: list[Record] = []
@@ -347,17 +347,19 @@ def as_record(row: RowMapping) -> Record:
     return Record(**row)
 
 
-def _locked_heads(connection: Connection, names: Sequence[str]) -> dict[str, Head]:
-    # In order of name: two gateways that lock the same chains can then never wait for each other in a circle.
+def locked_heads(connection: Connection, names: Sequence[str]) -> dict[str, Head]:
+    """The heads of the chains ``names`` (sorted), each begun if it is new, and locked until the transaction ends.
+
+    No writer waits for another in a circle: new rows are made before any row is locked, and both in order of name.
+    """
     query = select(audit_chains).where(audit_chains.c.chain.in_(names)).order_by(audit_chains.c.chain)
-    locking = query if is_sqlite(connection.engine) else query.with_for_update()
-    heads = {row.chain: Head(row.seq, row.hash) for row in connection.execute(locking)}
-    missing = [name for name in names if name not in heads]
-    if missing:
-        for name in missing:
-            _begin_chain(connection, name)
-        heads = {row.chain: Head(row.seq, row.hash) for row in connection.execute(locking)}
-    return heads
+    there = {row.chain: Head(row.seq, row.hash) for row in connection.execute(query)}
+    missing = [name for name in names if name not in there]
+    for name in missing:
+        _begin_chain(connection, name)
+    if is_sqlite(connection.engine):
+        return there | dict.fromkeys(missing, EMPTY)
+    return {row.chain: Head(row.seq, row.hash) for row in connection.execute(query.with_for_update())}
 
 
 def _begin_chain(connection: Connection, name: str) -> None:

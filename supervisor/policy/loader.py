@@ -396,13 +396,14 @@ class _Translation:
                 found["commands"] = list(self.commands(value, (*path, "commands"), inner_style))
             elif key == "always":
                 found["always"] = self.always(value, path)
-            elif key in ("bare", "effect", "reason", "require", "conflicts", "refused"):
+            elif key in ("bare", "effect", "reason", "require", "conflicts", "refused", "excludes", "first"):
                 found[key] = self.copy(value, (*path, key))
             elif key != "style":
                 raise BadPolicy(
                     node.keys.get(key, value.where),
                     f"there is no {key!r} here; known are flags, options, args, commands, always, style, bare, effect,"
-                    " reason, require, conflicts, refused, and for a rule paths, env, timeout_s, output_bytes, network,"
+                    " reason, require, conflicts, refused, excludes,"
+                    " first, and for a rule paths, env, timeout_s, output_bytes, network,"
                     " writes",
                 )
         if options:

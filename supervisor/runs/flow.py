@@ -13,11 +13,10 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from inference.choice import Choice, ModelSpec, open_model
 from inference.errors import InferenceDenied, InferenceError
 from inference.protocol import Model, Request
 from inference.remote import InferenceRecord, serve
+from otel.spans import span_id
 from supervisor.activation.gatekeeper import Gatekeeper
 from supervisor.audit import kinds
 from supervisor.errors import (
@@ -44,7 +44,7 @@ from supervisor.runs.states import State
 from supervisor.runs.verdict import Verdict, judge
 from supervisor.store.ids import trace_id
 from supervisor.store.runs import Run
-from tools.values import Event, JsonObject, Malformed
+from tools.values import Event, JsonObject, Malformed, digest
 
 logger = logging.getLogger(__name__)
 
@@ -261,7 +261,7 @@ class Flow:
                 {renewing, watching, talking}, timeout=limits.task_s, return_when=asyncio.FIRST_COMPLETED
             )
             if talking.done():
-                return talking.result()
+                return _uncalled(talking.result())
             if renewing.done():
                 error = renewing.exception()
                 reason = f"the lease could not be renewed: {error}"
@@ -428,9 +428,16 @@ def failed_verdict(error: JsonObject) -> JsonObject:
     return {**Verdict(state, str(error.get("message", "")), "none", escalate=True).to_json(), "error": error}
 
 
-def _traceparent(run_id: str) -> str:
-    from otel.spans import span_id
+def _uncalled(result: TaskResult) -> TaskResult:
+    """A task that was cancelled without anybody here having asked for it was ended by the machine: that is a failure."""
+    if result.outcome != "cancelled":
+        return result
+    return dataclasses.replace(
+        result, outcome="error", reason="the edge agent ended the task: its broker or its unit was stopped on the machine"
+    )
 
+
+def _traceparent(run_id: str) -> str:
     return f"00-{trace_id(run_id)}-{span_id(run_id, 'task')}-01"
 
 
@@ -505,10 +512,13 @@ class _Conversation:
             return model
 
         async def admit(request: Request) -> Request:
-            if used >= limits.tokens or (limits.cost_usd and spent >= limits.cost_usd):
-                raise InferenceDenied(f"the run has used {used} tokens and {spent:.4f} US dollars; its limits are "
-                                      f"{limits.tokens} tokens and {limits.cost_usd} US dollars")
-            return request
+            if used < limits.tokens and not (limits.cost_usd and spent >= limits.cost_usd):
+                return request
+            reason = f"{used} of {limits.tokens} tokens and {spent:.4f} of {limits.cost_usd:g} US dollars are used"
+            await self._services.record(
+                self._run.machine, kinds.INFERENCE, {"denied": reason, "seen_by": "gateway"}, run_id=self._run.id
+            )
+            raise InferenceDenied(f"the run may not infer any more: {reason}")
 
         async def recorded(record: InferenceRecord) -> None:
             nonlocal used, spent
@@ -545,8 +555,6 @@ async def _serving(work: Any) -> AsyncIterator[None]:
 
 def _audited(kind: str, body: Mapping[str, Any]) -> tuple[str, JsonObject] | None:
     """What of a streamed event goes into the audit chain: metadata and digests, no content."""
-    from tools.values import digest
-
     if kind == "call.decided":
         decision = body.get("decision") or {}
         named = {name: decision.get(name) for name in ("outcome", "effect", "rule", "reason", "digest")}
@@ -562,10 +570,3 @@ def _audited(kind: str, body: Mapping[str, Any]) -> tuple[str, JsonObject] | Non
         return kinds.INFERENCE, {**dict(body), "seen_by": "worker"}
     return None
 
-
-def environment() -> Mapping[str, str]:
-    """The process's environment, where ``env:`` key references are looked up."""
-    return os.environ
-
-
-Clock = Callable[[], float]

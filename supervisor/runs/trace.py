@@ -34,7 +34,6 @@ def spans_of(run: Run, events: Sequence[RunEvent], environment: str, content: bo
     maker = _Maker(run, environment, content)
     ended = run.ended_at or run.state_since
     stages = _stages(events)
-    maker.root(ended)
     queued_until = stages.get("activate", (ended, ended))[0]
     maker.span("queued", names.MESSAGE_QUEUED, "root", run.created_at, queued_until, {})
     if "activate" in stages:
@@ -50,6 +49,8 @@ def spans_of(run: Run, events: Sequence[RunEvent], environment: str, content: bo
                 maker.span(stage, name, "run", begin, end, maker.stage_attributes(stage))
     task_end = stages.get("task", (ended, ended))[1]
     maker.work([event for event in events if event.source == "worker"], task_end)
+    # Last: with the root MLflow takes the trace for complete, and spans are delivered in this order.
+    maker.root(ended)
     return maker.spans
 
 
@@ -198,6 +199,9 @@ class _Maker:
         attributes[names.GEN_AI_USAGE_INPUT_TOKENS] = int(usage.get("input_tokens") or 0)
         attributes[names.GEN_AI_USAGE_OUTPUT_TOKENS] = int(usage.get("output_tokens") or 0)
         attributes[names.COST_USD] = usage["cost_usd"] if usage.get("cost_usd") is not None else "unknown"
+        if usage.get("cost_usd") is not None:
+            # Without it MLflow would compute one from its own list of prices.
+            attributes[names.MLFLOW_LLM_COST] = {"total_cost": float(usage["cost_usd"])}
         attributes[names.MLFLOW_CHAT_TOKEN_USAGE] = {
             "input_tokens": int(usage.get("input_tokens") or 0),
             "output_tokens": int(usage.get("output_tokens") or 0),

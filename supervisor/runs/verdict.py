@@ -39,9 +39,12 @@ def calls_of(events: Iterable[Event]) -> dict[str, Executed]:
     for event in events:
         call_id = str(event.body.get("call_id", ""))
         if event.kind == "call.asked":
-            calls[call_id] = Executed(call_id, str(event.body.get("tool", "")), dict(event.body.get("arguments") or {}))
+            arguments = event.body.get("arguments")
+            tool = str(event.body.get("tool", ""))
+            calls[call_id] = Executed(call_id, tool, dict(arguments) if isinstance(arguments, Mapping) else {})
         elif event.kind == "call.decided" and call_id in calls:
-            decision = event.body.get("decision") or {}
+            said = event.body.get("decision")
+            decision = said if isinstance(said, Mapping) else {}
             calls[call_id] = dataclasses.replace(
                 calls[call_id],
                 decision=str(decision.get("outcome", "")),
@@ -52,7 +55,7 @@ def calls_of(events: Iterable[Event]) -> dict[str, Executed]:
         elif event.kind == "call.finished" and call_id in calls:
             evidence = event.body.get("evidence")
             calls[call_id] = dataclasses.replace(
-                calls[call_id], finished=True, executed=isinstance(evidence, dict), evidence=evidence
+                calls[call_id], finished=True, executed=isinstance(evidence, dict), evidence=evidence if isinstance(evidence, dict) else None
             )
     return calls
 

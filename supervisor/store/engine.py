@@ -14,6 +14,7 @@ still true when it writes; in PostgreSQL the rows that decide are read ``FOR UPD
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import sqlite3
 import threading
@@ -69,7 +70,7 @@ def _sqlite(url: URL, durable: bool) -> Engine:
             got=str(url),
         )
     path = Path(url.database).absolute()
-    _make_private(path)
+    _make_ready(path)
     engine = create_engine(
         url.set(database=str(path)),
         pool_size=POOL_SIZE,
@@ -81,7 +82,6 @@ def _sqlite(url: URL, durable: bool) -> Engine:
     def _prepare(connection: sqlite3.Connection, _record: Any) -> None:
         # The driver must not begin transactions by itself: we say which kind.
         connection.isolation_level = None
-        connection.execute("PRAGMA journal_mode=WAL")
         connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
         connection.execute("PRAGMA foreign_keys=ON")
         connection.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
@@ -94,17 +94,41 @@ def _sqlite(url: URL, durable: bool) -> Engine:
     return engine
 
 
-def _make_private(path: Path) -> None:
+def _make_ready(path: Path) -> None:
+    """A private file in WAL mode, made once however many gateways and threads begin at the same moment.
+
+    Switching to WAL is the one thing for which SQLite does not wait its turn, so the turn is a lock on the directory.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # SQLite gives its -wal and -shm files the mode of the database file.
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX)
+            if not path.exists():
+                # SQLite gives its -wal and -shm files the mode of the database file. A file that exists is never opened
+                # here: closing it would drop the POSIX locks that SQLite holds on it elsewhere in this process.
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
+            _switch_to_wal(path)
+        finally:
+            os.close(directory)
     except OSError as error:
         raise StoreFailed(
             f"the database {path} could not be opened: {error.strerror}",
             expected="a directory this user may write",
             next_step=f"check who may write {path.parent}, or set data_dir",
         ) from None
+    except sqlite3.Error as error:
+        raise StoreFailed(f"the database {path} could not be opened: {error}", next_step=_remedy(str(error))) from error
+
+
+def _switch_to_wal(path: Path) -> None:
+    # The mode stays in the file, so connections need not set it again.
+    connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_MS / 1000, isolation_level=None)
+    try:
+        if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+            connection.execute("PRAGMA journal_mode=WAL")
+    finally:
+        connection.close()
 
 
 def is_sqlite(engine: Engine) -> bool:

@@ -165,6 +165,16 @@ def test_a_damaged_record_behind_a_gap_is_not_taken_for_the_missing_one() -> Non
     assert [(found.kind, found.seq) for found in breaks] == [(chains.REMOVED, 3), (chains.CHANGED, 4)]
 
 
+@given(long_enough, st.data())
+def test_every_changed_number_is_found_at_its_record(records: list[Record], data: st.DataObject) -> None:
+    place = data.draw(st.integers(0, len(records) - 1))
+    seq = data.draw(st.integers(-1, len(records) + 2).filter(lambda number: number != place + 1))
+    head = head_of(records)
+    records[place] = dataclasses.replace(records[place], seq=seq)
+    breaks = verify_sequence(CHAIN, records, head)
+    assert [(found.kind, found.seq) for found in breaks] == [(chains.CHANGED, place + 1)]
+
+
 def test_an_empty_chain_that_nobody_knows_is_sound() -> None:
     assert verify_sequence(CHAIN, []) == []
 

@@ -530,6 +530,15 @@ async def test_old_outputs_are_shortened_before_the_window_is_full_and_it_is_sai
     assert results[0].text.startswith("call c1 (exec): executed")
     assert "[shortened" not in results[-1].text
     assert "call c1" in run.notes
+    assert result.report is not None
+    assert "results were shortened before the report was written: call c1" in result.report.notes[-1]
+
+
+async def test_a_model_that_fails_in_an_unforeseen_way_still_ends_its_inference(run: Run) -> None:
+    result = await run(ScriptedModel(lambda _: 1 / 0))
+    assert result.outcome == "error"
+    assert "ZeroDivisionError" in result.reason
+    assert run.of("inference.finished")[0]["stop_reason"] == "error"
 
 
 async def test_a_window_that_is_smaller_than_configured_is_learnt(run: Run) -> None:

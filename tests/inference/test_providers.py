@@ -294,6 +294,14 @@ async def test_slow_pieces_do_not_time_out_but_the_whole_does(provider: Provider
     assert error.phase == "total"
 
 
+async def test_an_answer_without_end_is_given_up(provider: Provider, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inference.attempts.ANSWER_CHARS", 100)
+    async with ScriptedServer([{"text": "x" * 200}]) as server:
+        error = await failure(provider(server))
+    assert isinstance(error, BadAnswer)
+    assert "longer than 100" in error.message
+
+
 async def test_closing_the_generator_ends_the_request(provider: Provider) -> None:
     async with ScriptedServer([{"text": "some words here", "fault": "hang", "after": 5}]) as server:
         model = provider(server)
@@ -356,7 +364,10 @@ def test_results_of_one_turn_and_what_is_said_after_are_one_message_for_anthropi
 
 
 async def test_reasoning_goes_back_to_the_provider_it_came_from(provider: Provider) -> None:
-    script = [{"reasoning": "let me think", "tool_calls": [{"name": "disk_space", "arguments": {}}]}, {"text": "done"}]
+    script: Any = [
+        {"reasoning": "let me think", "tool_calls": [{"name": "disk_space", "arguments": {}}]},
+        {"text": "done"},
+    ]
     async with ScriptedServer(script) as server:
         model = provider(server)
         completion = Completion()

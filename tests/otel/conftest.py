@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import time
 import uuid
@@ -108,7 +109,11 @@ async def endpoint() -> AsyncIterator[ScriptedEndpoint]:
                 status, extra, answer = scripted.answer(ids)
                 if status == 200 and not answer:
                     scripted.held.extend(ids)
-                lines = [f"HTTP/1.1 {status} X", f"content-length: {len(answer)}", *(f"{k}: {v}" for k, v in extra.items())]
+                lines = [
+                    f"HTTP/1.1 {status} X",
+                    f"content-length: {len(answer)}",
+                    *(f"{k}: {v}" for k, v in extra.items()),
+                ]
                 writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + answer)
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -116,6 +121,8 @@ async def endpoint() -> AsyncIterator[ScriptedEndpoint]:
         finally:
             connections.discard(task)
             writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     scripted.port = server.sockets[0].getsockname()[1]

@@ -17,12 +17,38 @@ QUICK = DeliveryLimits(batch=10, linger_s=0.01, poll_s=0.05, backoff_s=0.01, bac
 
 
 @contextlib.asynccontextmanager
-async def deliverer(spool: Spool, endpoint: ScriptedEndpoint, limits: DeliveryLimits = QUICK) -> AsyncIterator[Deliverer]:
+async def deliverer(
+    spool: Spool, endpoint: ScriptedEndpoint, limits: DeliveryLimits = QUICK
+) -> AsyncIterator[Deliverer]:
     made = Deliverer(spool, OtlpTarget(endpoint.url), limits)
     try:
         yield made
     finally:
         await made.aclose()
+
+
+@contextlib.asynccontextmanager
+async def mute_server() -> AsyncIterator[tuple[str, asyncio.Event]]:
+    """A server that takes requests and never answers: its address, and the event of the first connection."""
+    connected, over = asyncio.Event(), asyncio.Event()
+    tasks: set[asyncio.Task[None] | None] = set()
+
+    async def hang(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks.add(asyncio.current_task())
+        connected.set()
+        await over.wait()
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+    server = await asyncio.start_server(hang, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1/traces", connected
+    finally:
+        server.close()
+        over.set()
+        await asyncio.gather(*(task for task in tasks if task is not None))
+        await server.wait_closed()
 
 
 def fill(spool: Spool, run: str, count: int) -> list[str]:
@@ -31,7 +57,9 @@ def fill(spool: Spool, run: str, count: int) -> list[str]:
     return [span.span_id for span in spans]
 
 
-async def test_every_span_arrives_once_in_order_and_in_batches(spool: Spool, endpoint: ScriptedEndpoint, run_id: str) -> None:
+async def test_every_span_arrives_once_in_order_and_in_batches(
+    spool: Spool, endpoint: ScriptedEndpoint, run_id: str
+) -> None:
     ids = fill(spool, run_id, 35)
     async with deliverer(spool, endpoint) as sender:
         assert await sender.flush(5) == 0
@@ -99,7 +127,9 @@ async def test_the_endpoint_may_ask_for_a_longer_pause(spool: Spool, endpoint: S
         assert "503" in sender.state.trouble
 
 
-async def test_nobody_listening_is_trouble_and_not_a_loss(spool: Spool, endpoint: ScriptedEndpoint, run_id: str) -> None:
+async def test_nobody_listening_is_trouble_and_not_a_loss(
+    spool: Spool, endpoint: ScriptedEndpoint, run_id: str
+) -> None:
     fill(spool, run_id, 3)
     sender = Deliverer(spool, OtlpTarget("http://127.0.0.1:1/v1/traces"), QUICK)
     assert await sender.flush(0.2) == 3
@@ -149,7 +179,9 @@ async def test_an_endpoint_that_never_accepted_anything_sets_nothing_aside(
     assert sorted(endpoint.held) == sorted(ids)
 
 
-async def test_a_batch_too_large_for_the_endpoint_is_halved(spool: Spool, endpoint: ScriptedEndpoint, run_id: str) -> None:
+async def test_a_batch_too_large_for_the_endpoint_is_halved(
+    spool: Spool, endpoint: ScriptedEndpoint, run_id: str
+) -> None:
     ids = fill(spool, run_id, 10)
     endpoint.answer = lambda batch: (413, {}, b"too large") if len(batch) > 3 else accepted(batch)
     async with deliverer(spool, endpoint) as sender:
@@ -165,22 +197,20 @@ async def test_a_request_stays_below_its_cap_in_bytes(spool: Spool, endpoint: Sc
     assert [len(request) for request in endpoint.requests] == [2, 2, 2]
 
 
-async def test_no_answer_in_time_makes_batches_smaller_and_nothing_is_lost(
-    spool: Spool, run_id: str, endpoint: ScriptedEndpoint
-) -> None:
+async def test_no_answer_in_time_makes_batches_smaller_and_nothing_is_lost(spool: Spool, run_id: str) -> None:
     fill(spool, run_id, 10)
-    mute = await asyncio.start_server(lambda *_: asyncio.Event().wait(), "127.0.0.1", 0)
-    limits = DeliveryLimits(batch=10, request_s=0.05, backoff_s=0.01)
-    sender = Deliverer(spool, OtlpTarget(f"http://127.0.0.1:{mute.sockets[0].getsockname()[1]}/"), limits)
-    assert await sender._step() is not None
-    assert "no answer" in sender.state.trouble
-    assert len(sender._next_batch()) == 5
-    await sender.aclose()
-    mute.close()
+    async with mute_server() as (url, _):
+        sender = Deliverer(spool, OtlpTarget(url), DeliveryLimits(batch=10, request_s=0.05, backoff_s=0.01))
+        assert await sender._step() is not None
+        assert "no answer" in sender.state.trouble
+        assert len(sender._next_batch()) == 5
+        await sender.aclose()
     assert spool.depth() == 10
 
 
-async def test_flush_of_one_trace_waits_for_that_trace_only(spool: Spool, endpoint: ScriptedEndpoint, run_id: str) -> None:
+async def test_flush_of_one_trace_waits_for_that_trace_only(
+    spool: Spool, endpoint: ScriptedEndpoint, run_id: str
+) -> None:
     fill(spool, run_id, 3)
     other = "01920000-0000-7000-8000-00000000000f"
     fill(spool, other, 30)
@@ -191,22 +221,12 @@ async def test_flush_of_one_trace_waits_for_that_trace_only(spool: Spool, endpoi
 
 async def test_stop_cuts_off_a_request_that_hangs(spool: Spool, run_id: str) -> None:
     fill(spool, run_id, 1)
-    connected = asyncio.Event()
-
-    async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connected.set()
-        await reader.read(1)
-        await reader.read()
-        writer.close()
-
-    server = await asyncio.start_server(hang, "127.0.0.1", 0)
-    sender = Deliverer(spool, OtlpTarget(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1/traces"))
-    stop = asyncio.Event()
-    running = asyncio.create_task(sender.run(stop))
-    await asyncio.wait_for(connected.wait(), 5)
-    stop.set()
-    await asyncio.wait_for(running, 4)
-    server.close()
+    async with mute_server() as (url, connected):
+        stop = asyncio.Event()
+        running = asyncio.create_task(Deliverer(spool, OtlpTarget(url)).run(stop))
+        await asyncio.wait_for(connected.wait(), 5)
+        stop.set()
+        await asyncio.wait_for(running, 4)
     assert spool.depth() == 1
 
 
@@ -247,7 +267,9 @@ async def test_the_experiment_is_asked_for_again_when_the_endpoint_forgot_it(
         def forget(self) -> None:
             self.asked += 1
 
-    endpoint.answer = lambda ids: accepted(ids) if endpoint.headers[-1]["x-mlflow-experiment-id"] == "2" else (404, {}, b"")
+    endpoint.answer = lambda ids: (
+        accepted(ids) if endpoint.headers[-1]["x-mlflow-experiment-id"] == "2" else (404, {}, b"")
+    )
     sender = Deliverer(spool, Counting(), QUICK)
     assert await sender.flush(5) == 0
     await sender.aclose()

@@ -56,7 +56,11 @@ def whole_run(run: str) -> list[Span]:
             attributes={names.MLFLOW_SPAN_TYPE: names.SPAN_TYPES[name], **{k.replace("__", "."): v for k, v in attributes.items()}},
         )  # fmt: skip
 
-    usage = {names.GEN_AI_REQUEST_MODEL: "m", names.GEN_AI_USAGE_INPUT_TOKENS: 100, names.GEN_AI_USAGE_OUTPUT_TOKENS: 20}
+    usage = {
+        names.GEN_AI_REQUEST_MODEL: "m",
+        names.GEN_AI_USAGE_INPUT_TOKENS: 100,
+        names.GEN_AI_USAGE_OUTPUT_TOKENS: 20,
+    }
     root = {
         names.SESSION_ID: "web-01", names.USER_ID: "alice", names.trace_tag("machine"): "web-01",
         names.MLFLOW_TRACE_NAME: "health on web-01", names.MLFLOW_SPAN_INPUTS: {"text": "is it well?"},
@@ -404,7 +408,7 @@ async def test_a_port_that_is_taken_and_a_child_that_ends_are_clear_errors(tmp_p
             await broken.wait_ready(0.3)
         assert broken.pid is not None
         os.kill(broken.pid, signal.SIGKILL)
-        with pytest.raises(MlflowServerFailed, match="ended with status -9.*its log"):
+        with pytest.raises(MlflowServerFailed, match=r"ended with status -9.*its log"):
             await broken.wait_ready(60)
     finally:
         broken.stop()

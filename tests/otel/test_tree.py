@@ -19,8 +19,12 @@ def _trace() -> list[Span]:
         return make_span(RUN, key, parent, start_ns=start, end_ns=start + int(ms * 1e6), **changes)
 
     return [
-        at("c2", "task", 900, 0.4, status="error", status_message="exit 1\x1b[31m", attributes={names.DECISION: "deny"}),
-        at("i1", "task", 300, 312, name=names.MODEL_INFERENCE, attributes={names.GEN_AI_REQUEST_MODEL: "m", "other": 1}),
+        at(
+            "c2", "task", 900, 0.4, status="error", status_message="exit 1\x1b[31m", attributes={names.DECISION: "deny"}
+        ),
+        at(
+            "i1", "task", 300, 312, name=names.MODEL_INFERENCE, attributes={names.GEN_AI_REQUEST_MODEL: "m", "other": 1}
+        ),
         at("task", "run", 200, 4210, name=names.TASK, attributes={}),
         at("root", "root", 0, 185_000, attributes={names.MACHINE: "web-01"}),
         at("run", "root", 100, 5000, name=names.RUN_COMPLETED, attributes={}),

@@ -7,6 +7,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -82,11 +83,18 @@ def test_a_database_of_a_newer_version_is_refused_and_left_alone(url: str) -> No
 
 
 def test_many_gateways_that_open_a_new_database_at_once_make_it_once(url: str) -> None:
-    with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        engines = [make_engine(url) for _ in range(6)]
-        done = list(pool.map(migrate.upgrade, engines))
-        for engine in engines:
+    together = threading.Barrier(6)
+
+    def start(_: int) -> str:
+        together.wait(timeout=30)
+        engine = make_engine(url)
+        try:
+            return migrate.upgrade(engine)
+        finally:
             engine.dispose()
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        done = list(pool.map(start, range(6)))
     assert sorted(done) == ["created"] + ["current"] * 5
 
 
@@ -150,6 +158,23 @@ def test_a_writer_takes_the_lock_at_its_beginning_and_a_reader_never_waits(tmp_p
             other.execute("BEGIN IMMEDIATE")
         assert other.execute("SELECT count(*) FROM runs").fetchone() == (0,)
         other.close()
+
+
+def test_opening_a_database_again_leaves_the_locks_of_this_process_alone(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'a.db'}"
+    probe = (
+        "import sqlite3, sys; c = sqlite3.connect(sys.argv[1], timeout=0, isolation_level=None)\n"
+        "try: c.execute('PRAGMA journal_mode=DELETE'); print('switched')\n"
+        "except sqlite3.OperationalError as error: print(error)"
+    )
+    with open_store(url) as store, reading(store.engine) as connection:
+        connection.execute(text("SELECT count(*) FROM runs")).scalar()
+        make_engine(url).dispose()
+        # Another process may leave WAL mode only if it sees no lock of ours.
+        ran = subprocess.run(
+            [sys.executable, "-c", probe, tmp_path / "a.db"], capture_output=True, text=True, check=True
+        )
+    assert ran.stdout.strip() == "database is locked"
 
 
 def test_what_a_failed_transaction_wrote_is_gone(url: str) -> None:

@@ -3,27 +3,42 @@
 Owns: which files are looked at, in three phases: list, leave out those that hold a private key, read.
 Deliberately does not know: the formats' insides (``tools.observers.der``), trust stores (they are left out: a list of
 hundreds of authorities is the distribution's business), and private keys. A file with a key in it is never read, so
-that no key gets into evidence: ``grep -L`` names the files without one.
+that no key gets into evidence: ``grep -L`` names the files without one, and of the others ``openssl x509`` prints dates.
 """
 
 from __future__ import annotations
 
 import re
-from typing import List, Sequence
+from typing import List, Optional, Sequence
 
-from tools.observers.der import pem_certificates
-from tools.observers.fields import integer, utc
+from tools.observers.der import Certificate, pem_certificates
+from tools.observers.fields import integer, keyed, seconds_of_utc, utc
 from tools.observers.observer import Observer, Parameter, Parameters, Probe, Readings, clean, command, file
 from tools.values import JsonObject
 
 ROOTS = (
-    "/etc/ssl", "/etc/pki/tls", "/etc/letsencrypt/live", "/etc/nginx", "/etc/apache2", "/etc/httpd", "/etc/haproxy",
-    "/etc/kubernetes/pki", "/etc/postfix", "/etc/dovecot", "/etc/cockpit/ws-certs.d", "/etc/docker", "/etc/gitlab/ssl",
-)  # fmt: skip
+    "/etc/ssl",
+    "/etc/pki/tls",
+    "/etc/letsencrypt/live",
+    "/etc/nginx",
+    "/etc/apache2",
+    "/etc/httpd",
+    "/etc/haproxy",
+    "/etc/kubernetes/pki",
+    "/etc/postfix",
+    "/etc/dovecot",
+    "/etc/cockpit/ws-certs.d",
+    "/etc/docker",
+    "/etc/gitlab/ssl",
+)
 # Of 64 probes three list, filter and tell the time.
 MAX_FILES = 48
 # A file with more certificates is a trust store, not somebody's certificate chain.
 MAX_CHAIN = 12
+# Files with a certificate and its key in one (haproxy): openssl says the dates without showing the key.
+MAX_KEY_FILES = 8
+_X509 = ("x509", "-noout", "-subject", "-issuer", "-startdate", "-enddate", "-nameopt", "RFC2253")
+_OPENSSL_TIME = "%b %d %H:%M:%S %Y GMT"
 # The number of seconds in a day.
 _DAY = 86400
 
@@ -66,10 +81,54 @@ def _further(readings: Readings, parameters: Parameters) -> Sequence[Probe]:
         return []
     # Its exit status differs between versions of grep; what it prints does not.
     probes = [command("keyless", "grep", "-L", "-e", "PRIVATE KEY", *paths, ok_statuses=(0, 1), partial=True)]
-    for path in readings.lines("keyless") or ():
+    keyless = readings.lines("keyless")
+    for path in keyless or ():
         if path in paths:
             probes.append(file("file:" + path, path, output_bytes=262144))
-    return probes
+    with_key = _with_key(readings, paths)[:MAX_KEY_FILES]
+    return probes + [command("x509:" + path, "openssl", *_X509, "-in", path, optional=True) for path in with_key]
+
+
+def _with_key(readings: Readings, paths: Sequence[str]) -> List[str]:
+    """The files among ``paths`` that hold a private key: searched, readable, and not named as without one."""
+    result, keyless = readings.result("keyless"), readings.lines("keyless")
+    if (
+        result is None
+        or result.cut
+        or result.exit_status not in (0, 1, 2)
+        or (keyless is None and result.exit_status == 2)
+    ):
+        return []
+    return [path for path in paths if path not in (keyless or ()) and path + ":" not in result.stderr]
+
+
+def _printed(lines: Optional[Sequence[str]]) -> Optional[Certificate]:
+    """What ``openssl x509`` prints about the first certificate of a file."""
+    shown = keyed(lines)
+    start = seconds_of_utc(" ".join(shown.get("notBefore", "").split()), _OPENSSL_TIME)
+    end = seconds_of_utc(" ".join(shown.get("notAfter", "").split()), _OPENSSL_TIME)
+    subject, issuer = shown.get("subject"), shown.get("issuer")
+    if start is None or end is None or subject is None or issuer is None:
+        return None
+    return Certificate(subject, issuer, start, end, (), None, subject == issuer)
+
+
+def _row(path: str, position: int, certificate: Certificate, now: Optional[int]) -> JsonObject:
+    left = None if now is None else certificate.not_after - now
+    return {
+        "path": clean(path),
+        "position": position,
+        "subject": clean(certificate.subject, 200),
+        "issuer": clean(certificate.issuer, 200),
+        "names": [clean(name, 120) for name in certificate.names[:10]],
+        "not_before": utc(certificate.not_before),
+        "not_after": utc(certificate.not_after),
+        "expires_in_s": left,
+        "days_left": None if left is None else left // _DAY,
+        "not_yet_valid": None if now is None else certificate.not_before > now,
+        "authority": certificate.authority,
+        "self_issued": certificate.self_issued,
+    }
 
 
 def _read(readings: Readings, parameters: Parameters) -> JsonObject:
@@ -88,20 +147,17 @@ def _read(readings: Readings, parameters: Parameters) -> JsonObject:
             continue
         for position, certificate in enumerate(found):
             if certificate is None:
-                unreadable.append(
-                    {"probe": clean(name[5:]), "reason": "certificate %d of the file cannot be read" % (position + 1)}
-                )
-                continue
-            left = None if now is None else certificate.not_after - now
-            rows.append({
-                "path": clean(name[5:]), "position": position, "subject": clean(certificate.subject, 200),
-                "issuer": clean(certificate.issuer, 200), "names": [clean(n, 120) for n in certificate.names[:10]],
-                "not_before": utc(certificate.not_before), "not_after": utc(certificate.not_after),
-                "expires_in_s": left, "days_left": None if left is None else left // _DAY,
-                "not_yet_valid": None if now is None else certificate.not_before > now,
-                "authority": certificate.authority, "self_issued": certificate.self_issued,
-            })  # fmt: skip
-    account = readings.account()
+                reason = "certificate %d of the file cannot be read" % (position + 1)
+                unreadable.append({"probe": clean(name[5:]), "reason": reason})
+            else:
+                rows.append(_row(name[5:], position, certificate, now))
+    for name in readings.names("x509:"):
+        printed = _printed(readings.lines(name))
+        if printed is not None:
+            rows.append(_row(name[5:], 0, printed, now))
+    # A key alone is no certificate: openssl then ends with 1, which is no news.
+    refused = [name for name in readings.names("x509:") if getattr(readings.result(name), "exit_status", None) == 1]
+    account = readings.account(refused)
     entries = account["unavailable"]
     for name in ("files", "links"):
         result = readings.result(name)
@@ -141,29 +197,43 @@ def _read(readings: Readings, parameters: Parameters) -> JsonObject:
         certificates=rows if observed else None,
         count=len(rows) if observed else None,
         next_to_expire=dict(soonest) if soonest else None,
-        files_read=len(readings.names("file:")) if observed else None,
+        files_read=len(readings.names("file:")) + len(readings.names("x509:")) if observed else None,
         files_left_out=max(0, len(paths) - MAX_FILES) if observed else None,
         trust_stores=stores if observed else None,
     )
 
 
 _CERTIFICATE = {
-    "path": "file", "position": "place in the file, 0 is the first", "subject": "whose", "issuer": "by whom",
-    "names": ["name it is valid for"], "not_before": "UTC", "not_after": "UTC", "expires_in_s": "negative: expired",
-    "days_left": "whole days", "not_yet_valid": "begins in the future", "authority": "may sign others",
+    "path": "file",
+    "position": "place in the file, 0 is the first",
+    "subject": "whose",
+    "issuer": "by whom",
+    "names": ["name it is valid for"],
+    "not_before": "UTC",
+    "not_after": "UTC",
+    "expires_in_s": "negative: expired",
+    "days_left": "whole days",
+    "not_yet_valid": "begins in the future",
+    "authority": "may sign others, null where not known",
     "self_issued": "subject and issuer are the same",
-}  # fmt: skip
+}
 
 CERTIFICATES = Observer(
     name="certificates",
     summary="X.509 certificates (PEM files without a private key) under given roots and when they expire. "
     "Trust stores of the distribution are left out.",
-    parameters=(Parameter("roots", "paths", "Directories or files to look in, three levels deep.", default=ROOTS, maximum=20),),
+    parameters=(
+        Parameter("roots", "paths", "Directories or files to look in, three levels deep.", default=ROOTS, maximum=20),
+    ),
     returns={
-        "certificates": [_CERTIFICATE], "count": "how many", "next_to_expire": _CERTIFICATE, "files_read": "files looked at",
-        "files_left_out": "files beyond the limit of %d" % MAX_FILES, "trust_stores": "files left out as trust stores",
+        "certificates": [_CERTIFICATE],
+        "count": "how many",
+        "next_to_expire": _CERTIFICATE,
+        "files_read": "files looked at",
+        "files_left_out": "files beyond the limit of %d" % MAX_FILES,
+        "trust_stores": "files left out as trust stores",
     },
     first=_first,
     further=_further,
     read=_read,
-)  # fmt: skip
+)

@@ -47,12 +47,16 @@ def _chrony(line: Optional[str]) -> Optional[JsonObject]:
     if stratum is None or offset is None:
         return None
     return {
-        "service": "chrony", "synchronized": words[13] != "Not synchronised" and stratum > 0,
-        "server": clean(words[1], 100) or None, "stratum": stratum or None,
+        "service": "chrony",
+        "synchronized": words[13] != "Not synchronised" and stratum > 0,
+        "server": clean(words[1], 100) or None,
+        "stratum": stratum or None,
         # chrony counts a slow clock as positive; here positive means the clock is ahead, as for the others.
-        "offset_s": -offset if stratum else None, "root_delay_s": number(words[10]) if stratum else None, "root_dispersion_s": number(words[11]) if stratum else None,
+        "offset_s": -offset if stratum else None,
+        "root_delay_s": number(words[10]) if stratum else None,
+        "root_dispersion_s": number(words[11]) if stratum else None,
         "last_update_at": utc(reference) if reference else None,
-    }  # fmt: skip
+    }
 
 
 def _timesyncd(lines: Optional[Sequence[str]]) -> Optional[JsonObject]:
@@ -62,12 +66,15 @@ def _timesyncd(lines: Optional[Sequence[str]]) -> Optional[JsonObject]:
         return None
     message = dict(part.strip().partition("=")[::2] for part in shown.get("NTPMessage", "").strip("{} ").split(","))
     return {
-        "service": "systemd-timesyncd", "synchronized": None,
+        "service": "systemd-timesyncd",
+        "synchronized": None,
         "server": clean(shown.get("ServerAddress") or shown.get("ServerName") or "", 100) or None,
-        "stratum": integer(message.get("Stratum")), "offset_s": None,
-        "root_delay_s": _span(message.get("RootDelay")), "root_dispersion_s": _span(message.get("RootDispersion")),
+        "stratum": integer(message.get("Stratum")),
+        "offset_s": None,
+        "root_delay_s": _span(message.get("RootDelay")),
+        "root_dispersion_s": _span(message.get("RootDispersion")),
         "last_update_at": None,
-    }  # fmt: skip
+    }
 
 
 _SPAN = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
@@ -86,7 +93,10 @@ def _span(text: Optional[str]) -> Optional[float]:
 
 
 def _ntpd(lines: Optional[Sequence[str]]) -> Optional[JsonObject]:
-    """System variables of ntpd or ntpsec: ``stratum=2, … offset=-0.123, …`` (milliseconds)."""
+    """System variables of ntpd or ntpsec: ``stratum=2, … offset=-0.123, …`` (milliseconds).
+
+    ``offset`` is the server's time minus the clock's, the other way round than ``offset_s``.
+    """
     values: Dict[str, str] = {}
     for part in " ".join(lines or ()).split(","):
         key, found, value = part.strip().partition("=")
@@ -97,17 +107,27 @@ def _ntpd(lines: Optional[Sequence[str]]) -> Optional[JsonObject]:
         return None
     delay, dispersion = number(values.get("rootdelay")), number(values.get("rootdisp"))
     return {
-        "service": "ntpd", "synchronized": stratum < 16, "server": clean(values.get("refid", ""), 100) or None,
-        "stratum": stratum, "offset_s": round(offset / 1000.0, 9) if offset is not None and stratum < 16 else None,
+        "service": "ntpd",
+        "synchronized": stratum < 16,
+        "server": clean(values.get("refid", ""), 100) or None,
+        "stratum": stratum,
+        "offset_s": round(-offset / 1000.0, 9) if offset is not None and stratum < 16 else None,
         "root_delay_s": None if delay is None else round(delay / 1000.0, 9),
-        "root_dispersion_s": None if dispersion is None else round(dispersion / 1000.0, 9), "last_update_at": None,
-    }  # fmt: skip
+        "root_dispersion_s": None if dispersion is None else round(dispersion / 1000.0, 9),
+        "last_update_at": None,
+    }
 
 
 _NO_SERVICE: JsonObject = {
-    "service": None, "synchronized": None, "server": None, "stratum": None, "offset_s": None, "root_delay_s": None,
-    "root_dispersion_s": None, "last_update_at": None,
-}  # fmt: skip
+    "service": None,
+    "synchronized": None,
+    "server": None,
+    "stratum": None,
+    "offset_s": None,
+    "root_delay_s": None,
+    "root_dispersion_s": None,
+    "last_update_at": None,
+}
 
 
 def _time_read(readings: Readings, parameters: Parameters) -> JsonObject:
@@ -150,17 +170,24 @@ TIME_SYNC = Observer(
     name="time_sync",
     summary="Whether the clock is synchronized, with what, and how far off it is.",
     returns={
-        "service": "chrony, systemd-timesyncd, ntpd, or null where none answers", "synchronized": "clock is disciplined",
-        "server": "source", "stratum": "distance from a reference clock", "offset_s": "clock minus true time",
-        "root_delay_s": "to the reference", "root_dispersion_s": "error bound", "last_update_at": "UTC",
-        "service_enabled": "network time is switched on", "time_zone": "time zone",
-        "rtc_in_local_time": "hardware clock holds local time", "clock_source": "clock source of the kernel",
+        "service": "chrony, systemd-timesyncd, ntpd, or null where none answers",
+        "synchronized": "clock is disciplined",
+        "server": "source",
+        "stratum": "distance from a reference clock",
+        "offset_s": "clock minus true time",
+        "root_delay_s": "to the reference",
+        "root_dispersion_s": "error bound",
+        "last_update_at": "UTC",
+        "service_enabled": "network time is switched on",
+        "time_zone": "time zone",
+        "rtc_in_local_time": "hardware clock holds local time",
+        "clock_source": "clock source of the kernel",
         "container": "kind of container, null if none (its clock is the host's)",
     },
     first=_time_first,
     further=_time_further,
     read=_time_read,
-)  # fmt: skip
+)
 
 
 # --- uptime ---------------------------------------------------------------------------------------------------------
@@ -243,11 +270,15 @@ UPTIME = Observer(
     name="uptime",
     summary="How long the machine has been up, and its recent boots where the journal keeps them.",
     returns={
-        "uptime_s": "since boot", "booted_at": "UTC", "boot_id": "id of this boot",
+        "uptime_s": "since boot",
+        "booted_at": "UTC",
+        "boot_id": "id of this boot",
         "boots_last_7_days": "how many boots the journal knows in 7 days",
-        "boots": [{"offset": "0 is this boot", "boot_id": "id", "first_at": "first entry, UTC", "last_at": "last entry, UTC"}],
+        "boots": [
+            {"offset": "0 is this boot", "boot_id": "id", "first_at": "first entry, UTC", "last_at": "last entry, UTC"}
+        ],
     },
     first=_uptime_first,
     further=_uptime_further,
     read=_uptime_read,
-)  # fmt: skip
+)

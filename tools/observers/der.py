@@ -28,10 +28,16 @@ _STRINGS = {
     0x12: "ascii",
 }
 _ATTRIBUTES = {
-    b"\x55\x04\x03": "CN", b"\x55\x04\x0a": "O", b"\x55\x04\x0b": "OU", b"\x55\x04\x06": "C", b"\x55\x04\x08": "ST",
-    b"\x55\x04\x07": "L", b"\x09\x92\x26\x89\x93\xf2\x2c\x64\x01\x19": "DC",
-    b"\x2a\x86\x48\x86\xf7\x0d\x01\x09\x01": "emailAddress", b"\x55\x04\x05": "serialNumber",
-}  # fmt: skip
+    b"\x55\x04\x03": "CN",
+    b"\x55\x04\x0a": "O",
+    b"\x55\x04\x0b": "OU",
+    b"\x55\x04\x06": "C",
+    b"\x55\x04\x08": "ST",
+    b"\x55\x04\x07": "L",
+    b"\x09\x92\x26\x89\x93\xf2\x2c\x64\x01\x19": "DC",
+    b"\x2a\x86\x48\x86\xf7\x0d\x01\x09\x01": "emailAddress",
+    b"\x55\x04\x05": "serialNumber",
+}
 _SUBJECT_ALT_NAME, _BASIC_CONSTRAINTS = b"\x55\x1d\x11", b"\x55\x1d\x13"
 _BLOCK = re.compile(
     r"-----BEGIN ((?:TRUSTED |X509 )?CERTIFICATE)-----[ \t\r]*\n([A-Za-z0-9+/=\s]{1,100000}?)-----END \1-----"
@@ -52,7 +58,7 @@ class Certificate:
     not_before: int
     not_after: int
     names: Tuple[str, ...]
-    authority: bool
+    authority: Optional[bool]
     self_issued: bool
 
 

@@ -44,7 +44,11 @@ def _lscpu(readings: Readings) -> Dict[str, str]:
         field, value = string(item.get("field")), string(item.get("data"))
         if field is not None and value is not None:
             found.setdefault(field.rstrip(":"), value)
-        waiting = objects(item.get("children")) + waiting
+        children = objects(item.get("children"))
+        if field == "Vulnerabilities:":
+            # Flat listings say "Vulnerability Mds", nested ones only "Mds" below this group.
+            children = [dict(child, field="Vulnerability %s" % string(child.get("field"))) for child in children]
+        waiting = children + waiting
     return found
 
 
@@ -82,15 +86,22 @@ CPU_INFO = Observer(
     name="cpu_info",
     summary="Processors: model, count, hypervisor, open vulnerabilities, throttling.",
     returns={
-        "model": "model", "architecture": "architecture", "cpus": "online", "sockets": "sockets",
-        "cores_per_socket": "cores", "threads_per_core": "threads", "max_mhz": "highest clock", "hypervisor": "vendor",
-        "vulnerable": ["vulnerability the kernel does not mitigate"], "throttled": "times throttled by heat since boot",
+        "model": "model",
+        "architecture": "architecture",
+        "cpus": "online",
+        "sockets": "sockets",
+        "cores_per_socket": "cores",
+        "threads_per_core": "threads",
+        "max_mhz": "highest clock",
+        "hypervisor": "vendor",
+        "vulnerable": ["vulnerability the kernel does not mitigate"],
+        "throttled": "times throttled by heat since boot",
         "governor": "frequency governor",
     },
     first=_cpu_first,
     further=_cpu_further,
     read=_cpu_read,
-)  # fmt: skip
+)
 
 
 # --- hardware_errors ------------------------------------------------------------------------------------------------
@@ -103,12 +114,29 @@ def _errors_first(parameters: Parameters) -> Sequence[Probe]:
     return [
         file("mdstat", "/proc/mdstat", optional=True),
         command(
-            "files", "find", "/sys/devices/system/edac/mc", "/sys/fs/btrfs", "/proc/spl/kstat/zfs", "-maxdepth", "4",
-            "-name", "ce_count", "-o", "-name", "ue_count", "-o", "-name", "error_stats", "-o", "-name", "state",
-            partial=True, optional=True,
+            "files",
+            "find",
+            "/sys/devices/system/edac/mc",
+            "/sys/fs/btrfs",
+            "/proc/spl/kstat/zfs",
+            "-maxdepth",
+            "4",
+            "-name",
+            "ce_count",
+            "-o",
+            "-name",
+            "ue_count",
+            "-o",
+            "-name",
+            "error_stats",
+            "-o",
+            "-name",
+            "state",
+            partial=True,
+            optional=True,
         ),
         *kernel_first("err", "--boot"),
-    ]  # fmt: skip
+    ]
 
 
 _STATE_FILE = re.compile(
@@ -134,11 +162,19 @@ def md_arrays(lines: Optional[Sequence[str]]) -> List[JsonObject]:
             words = head.group(3).split()
             level = words[0] if words and "[" not in words[0] else None
             failed = [clean(word.partition("[")[0], 40) for word in words if word.endswith("(F)")]
-            rows.append({
-                "name": clean(head.group(1), 60), "state": clean(head.group(2), 40), "level": clean(level, 20) if level else None,
-                "members_wanted": None, "members_working": None, "failed": failed, "degraded": None if not failed else True,
-                "action": None, "progress_percent": None,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "name": clean(head.group(1), 60),
+                    "state": clean(head.group(2), 40),
+                    "level": clean(level, 20) if level else None,
+                    "members_wanted": None,
+                    "members_working": None,
+                    "failed": failed,
+                    "degraded": None if not failed else True,
+                    "action": None,
+                    "progress_percent": None,
+                }
+            )
         elif rows and line[:1].isspace():
             counts = re.search(r"\[([0-9]{1,4})/([0-9]{1,4})\]", line)
             if counts:
@@ -182,7 +218,8 @@ def _errors_read(readings: Readings, parameters: Parameters) -> JsonObject:
     return dict(
         account,
         memory_controllers=[
-            {"controller": name, "corrected": controllers[name].get("ce"), "uncorrected": controllers[name].get("ue")} for name in listed
+            {"controller": name, "corrected": controllers[name].get("ce"), "uncorrected": controllers[name].get("ue")}
+            for name in listed
         ],
         memory_corrected=sum(controllers[name].get("ce") or 0 for name in listed) if listed else None,
         memory_uncorrected=sum(controllers[name].get("ue") or 0 for name in listed) if listed else None,
@@ -192,10 +229,10 @@ def _errors_read(readings: Readings, parameters: Parameters) -> JsonObject:
         btrfs_devices=None if no_files else devices,
         messages_origin=origin or None,
         kernel_errors=None if rows is None else len(messages),
-        messages=None if rows is None else [
-            {"at": row["at"], "topic": topic_of(row["message"]), "message": row["message"]} for row in messages[:20]
-        ],
-    )  # fmt: skip
+        messages=None
+        if rows is None
+        else [{"at": row["at"], "topic": topic_of(row["message"]), "message": row["message"]} for row in messages[:20]],
+    )
 
 
 HARDWARE_ERRORS = Observer(
@@ -203,23 +240,37 @@ HARDWARE_ERRORS = Observer(
     summary="Memory errors (EDAC), RAID, ZFS and Btrfs state, and this boot's kernel errors about processors and disks. "
     "SMART values are not among them: only root can read them.",
     returns={
-        "memory_controllers": [{"controller": "name", "corrected": "errors corrected", "uncorrected": "errors not corrected"}],
-        "memory_corrected": "null without ECC counters", "memory_uncorrected": "null without ECC counters",
-        "arrays": [{
-            "name": "array", "state": "active, inactive, …", "level": "raid1, …", "members_wanted": "disks it should have",
-            "members_working": "disks that work", "failed": ["device"], "degraded": "some are missing or failed",
-            "action": "recovery, resync, reshape, check", "progress_percent": "of that",
-        }],
+        "memory_controllers": [
+            {"controller": "name", "corrected": "errors corrected", "uncorrected": "errors not corrected"}
+        ],
+        "memory_corrected": "null without ECC counters",
+        "memory_uncorrected": "null without ECC counters",
+        "arrays": [
+            {
+                "name": "array",
+                "state": "active, inactive, …",
+                "level": "raid1, …",
+                "members_wanted": "disks it should have",
+                "members_working": "disks that work",
+                "failed": ["device"],
+                "degraded": "some are missing or failed",
+                "action": "recovery, resync, reshape, check",
+                "progress_percent": "of that",
+            }
+        ],
         "degraded_arrays": ["array"],
         "zfs_pools": [{"pool": "name", "state": "ONLINE, DEGRADED, FAULTED, …"}],
-        "btrfs_devices": [{"filesystem": "id", "device": "number", "errors": "read, write, flush, corruption, generation"}],
-        "messages_origin": "journal or dmesg", "kernel_errors": "how many in this boot",
+        "btrfs_devices": [
+            {"filesystem": "id", "device": "number", "errors": "read, write, flush, corruption, generation"}
+        ],
+        "messages_origin": "journal or dmesg",
+        "kernel_errors": "how many in this boot",
         "messages": [{"at": "UTC", "topic": "processor or storage", "message": "text (untrusted)"}],
     },
     first=_errors_first,
     further=_errors_further,
     read=_errors_read,
-)  # fmt: skip
+)
 
 
 # --- users_logged_in ------------------------------------------------------------------------------------------------
@@ -242,10 +293,14 @@ def _users_read(readings: Readings, parameters: Parameters) -> JsonObject:
     for line in readings.lines("who") or ():
         match = _WHO.fullmatch(line.strip()[:400])
         if match:
-            rows.append({
-                "user": clean(match.group(1), 64), "terminal": clean(match.group(2), 40), "since": match.group(3),
-                "from": clean(match.group(4), 200) if match.group(4) else None,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "user": clean(match.group(1), 64),
+                    "terminal": clean(match.group(2), 40),
+                    "since": match.group(3),
+                    "from": clean(match.group(4), 200) if match.group(4) else None,
+                }
+            )
     sessions = readings.lines("sessions")
     for line in sessions or ():
         words = line.split()
@@ -273,9 +328,12 @@ USERS_LOGGED_IN = Observer(
     name="users_logged_in",
     summary="Who is logged in, since when and from where.",
     returns={
-        "sessions": [{"user": "account", "terminal": "terminal", "since": "local time of the machine", "from": "address or name"}],
-        "count": "sessions", "users": ["account"],
+        "sessions": [
+            {"user": "account", "terminal": "terminal", "since": "local time of the machine", "from": "address or name"}
+        ],
+        "count": "sessions",
+        "users": ["account"],
     },
     first=_users_first,
     read=_users_read,
-)  # fmt: skip
+)

@@ -32,9 +32,17 @@ PRIORITIES = ("emerg", "alert", "crit", "err", "warning", "notice", "info", "deb
 def journal_probe(name: str, *selection: str, limit: int, optional: bool = False) -> Probe:
     """A probe for the newest ``limit`` entries of a ``selection`` (options of journalctl), newest first."""
     return command(
-        name, "journalctl", "--no-pager", "--output=json", "--output-fields=" + _FIELDS, "--reverse",
-        "--lines=%d" % limit, *selection, output_bytes=524288, optional=optional,
-    )  # fmt: skip
+        name,
+        "journalctl",
+        "--no-pager",
+        "--output=json",
+        "--output-fields=" + _FIELDS,
+        "--reverse",
+        "--lines=%d" % limit,
+        *selection,
+        output_bytes=524288,
+        optional=optional,
+    )
 
 
 # A journal without a single entry is no journal: journald does not run, and some versions then exit with 0 and say
@@ -84,14 +92,18 @@ def entry_rows(lines: Optional[Sequence[str]]) -> List[JsonObject]:
         if stamp is None:
             continue
         priority = integer(_text(entry.get("PRIORITY")))
-        rows.append({
-            "at": utc(stamp / 1e6), "seconds": stamp / 1e6, "priority": priority if priority in range(8) else None,
-            # Messages of systemd itself about a unit carry it in UNIT.
-            "unit": clean(_text(entry.get("UNIT")) or _text(entry.get("_SYSTEMD_UNIT")), 120) or None,
-            "source": clean(_text(entry.get("SYSLOG_IDENTIFIER")), 60) or None,
-            "pid": integer(_text(entry.get("_PID"))),
-            "message": clean(_text(entry.get("MESSAGE")), 400),
-        })  # fmt: skip
+        rows.append(
+            {
+                "at": utc(stamp / 1e6),
+                "seconds": stamp / 1e6,
+                "priority": priority if priority in range(8) else None,
+                # Messages of systemd itself about a unit carry it in UNIT.
+                "unit": clean(_text(entry.get("UNIT")) or _text(entry.get("_SYSTEMD_UNIT")), 120) or None,
+                "source": clean(_text(entry.get("SYSLOG_IDENTIFIER")), 60) or None,
+                "pid": integer(_text(entry.get("_PID"))),
+                "message": clean(_text(entry.get("MESSAGE")), 400) or "(too long to be shown, or empty)",
+            }
+        )
     return rows
 
 
@@ -147,9 +159,14 @@ def _errors_read(readings: Readings, parameters: Parameters) -> JsonObject:
 
 
 _GROUP = {
-    "unit": "systemd unit", "source": "program", "priority": "0 (emergency) to 7 (debug)",
-    "message": "newest message of this shape (untrusted text)", "count": "how often", "first_at": "UTC", "last_at": "UTC",
-}  # fmt: skip
+    "unit": "systemd unit",
+    "source": "program",
+    "priority": "0 (emergency) to 7 (debug)",
+    "message": "newest message of this shape (untrusted text)",
+    "count": "how often",
+    "first_at": "UTC",
+    "last_at": "UTC",
+}
 
 JOURNAL_ERRORS = Observer(
     name="journal_errors",
@@ -160,14 +177,17 @@ JOURNAL_ERRORS = Observer(
         Parameter("priority", "choice", "This priority and more severe ones.", default="err", choices=PRIORITIES[:5]),
     ),
     returns={
-        "since": "how far back", "priority": "least severe that counts",
+        "since": "how far back",
+        "priority": "least severe that counts",
         "entries": "messages (at most %d are read, newest first)" % MAX_ENTRIES,
-        "complete": "whether these are all", "groups": [_GROUP], "groups_left_out": "groups not listed",
+        "complete": "whether these are all",
+        "groups": [_GROUP],
+        "groups_left_out": "groups not listed",
         "most_frequent": _GROUP,
     },
     first=_errors_first,
     read=_errors_read,
-)  # fmt: skip
+)
 
 
 # --- kernel messages ------------------------------------------------------------------------------------------------
@@ -222,10 +242,17 @@ def dmesg_rows(lines: Optional[Sequence[str]], boot: Optional[float], most: int)
         if match is None or int(match.group(1)) % 8 > most or int(match.group(1)) // 8 not in (0, 1):
             continue
         at = boot + float(match.group(2)) if boot is not None else None
-        rows.append({
-            "at": utc(at), "seconds": at, "priority": int(match.group(1)) % 8, "unit": None, "source": "kernel",
-            "pid": None, "message": clean(match.group(3), 400),
-        })  # fmt: skip
+        rows.append(
+            {
+                "at": utc(at),
+                "seconds": at,
+                "priority": int(match.group(1)) % 8,
+                "unit": None,
+                "source": "kernel",
+                "pid": None,
+                "message": clean(match.group(3), 400),
+            }
+        )
     rows.reverse()
     return rows
 
@@ -310,27 +337,42 @@ KERNEL_MESSAGES = Observer(
     name="kernel_messages",
     summary="Warnings and errors of the kernel, grouped and sorted by what they are about.",
     parameters=(
-        Parameter("since", "duration", "How far back (without a journal: since boot).", default="7d", maximum=90 * 86400),
+        Parameter(
+            "since", "duration", "How far back (without a journal: since boot).", default="7d", maximum=90 * 86400
+        ),
         Parameter("priority", "choice", "This priority and more severe ones.", default="err", choices=PRIORITIES[:5]),
     ),
     returns={
-        "origin": "journal or dmesg", "window": "how far back, or boot", "priority": "least severe that counts",
-        "entries": "messages", "complete": "whether these are all of the window",
+        "origin": "journal or dmesg",
+        "window": "how far back, or boot",
+        "priority": "least severe that counts",
+        "entries": "messages",
+        "complete": "whether these are all of the window",
         "topics": {
-            "out_of_memory": "count", "processor": "count", "storage": "count", "hang": "count", "crash": "count",
-            "network": "count", "other": "count",
+            "out_of_memory": "count",
+            "processor": "count",
+            "storage": "count",
+            "hang": "count",
+            "crash": "count",
+            "network": "count",
+            "other": "count",
         },
-        "groups": [{
-            "topic": "out-of-memory, processor, storage, hang, crash, network or other", "priority": "0 to 7",
-            "message": "newest message of this shape (untrusted text)", "count": "how often", "first_at": "UTC",
-            "last_at": "UTC",
-        }],
+        "groups": [
+            {
+                "topic": "out-of-memory, processor, storage, hang, crash, network or other",
+                "priority": "0 to 7",
+                "message": "newest message of this shape (untrusted text)",
+                "count": "how often",
+                "first_at": "UTC",
+                "last_at": "UTC",
+            }
+        ],
         "groups_left_out": "groups not listed",
     },
     first=_messages_first,
     further=lambda readings, parameters: kernel_further(readings),
     read=_messages_read,
-)  # fmt: skip
+)
 
 
 # --- oom_kills ------------------------------------------------------------------------------------------------------
@@ -356,18 +398,29 @@ def _oom_read(readings: Readings, parameters: Parameters) -> JsonObject:
         if match is None or "sacrifice child" in row["message"]:
             continue
         resident = integer(match.group(3))
-        kills.append({
-            "at": row["at"], "process": clean(match.group(2), 64), "pid": int(match.group(1)), "by": "kernel",
-            "scope": "control group" if "cgroup" in row["message"] else "machine",
-            "resident_bytes": None if resident is None else resident * 1024,
-        })  # fmt: skip
+        kills.append(
+            {
+                "at": row["at"],
+                "process": clean(match.group(2), 64),
+                "pid": int(match.group(1)),
+                "by": "kernel",
+                "scope": "control group" if "cgroup" in row["message"] else "machine",
+                "resident_bytes": None if resident is None else resident * 1024,
+            }
+        )
     for entry in entry_rows(readings.lines("oomd")):
         killed = re.match(r"Killed (\S+) due to", entry["message"])
         if killed:
-            kills.append({
-                "at": entry["at"], "process": clean(killed.group(1), 120), "pid": None, "by": "systemd-oomd",
-                "scope": "control group", "resident_bytes": None,
-            })  # fmt: skip
+            kills.append(
+                {
+                    "at": entry["at"],
+                    "process": clean(killed.group(1), 120),
+                    "pid": None,
+                    "by": "systemd-oomd",
+                    "scope": "control group",
+                    "resident_bytes": None,
+                }
+            )
     counter = None
     for line in readings.lines("vmstat") or ():
         if line.startswith("oom_kill "):
@@ -388,14 +441,22 @@ OOM_KILLS = Observer(
     summary="Processes that were killed because memory ran out.",
     parameters=(Parameter("since", "duration", "How far back.", default="7d", maximum=90 * 86400),),
     returns={
-        "kills_since_boot": "counter of the kernel (in a container that of the host)", "window": "how far back, or boot",
-        "kills": [{
-            "at": "UTC", "process": "name or control group", "pid": "process id", "by": "kernel or systemd-oomd",
-            "scope": "machine, or control group (its own limit)", "resident_bytes": "memory it held",
-        }],
-        "in_window": "how many", "processes": ["name"],
+        "kills_since_boot": "counter of the kernel (in a container that of the host)",
+        "window": "how far back, or boot",
+        "kills": [
+            {
+                "at": "UTC",
+                "process": "name or control group",
+                "pid": "process id",
+                "by": "kernel or systemd-oomd",
+                "scope": "machine, or control group (its own limit)",
+                "resident_bytes": "memory it held",
+            }
+        ],
+        "in_window": "how many",
+        "processes": ["name"],
     },
     first=_oom_first,
     further=lambda readings, parameters: kernel_further(readings),
     read=_oom_read,
-)  # fmt: skip
+)

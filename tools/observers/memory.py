@@ -71,18 +71,26 @@ MEMORY = Observer(
     name="memory",
     summary="Memory, swap and, in a container, the limit of its control group.",
     returns={
-        "total_bytes": "memory of the machine", "available_bytes": "available without swapping",
-        "used_bytes": "not available", "used_percent": "not available", "buffers_and_cache_bytes": "page cache",
-        "shared_bytes": "tmpfs and shared memory", "kernel_unreclaimable_bytes": "kernel memory that cannot be freed",
-        "kernel_unreclaimable_percent": "of all memory", "dirty_bytes": "waiting to be written",
+        "total_bytes": "memory of the machine",
+        "available_bytes": "available without swapping",
+        "used_bytes": "not available",
+        "used_percent": "not available",
+        "buffers_and_cache_bytes": "page cache",
+        "shared_bytes": "tmpfs and shared memory",
+        "kernel_unreclaimable_bytes": "kernel memory that cannot be freed",
+        "kernel_unreclaimable_percent": "of all memory",
+        "dirty_bytes": "waiting to be written",
         "committed_percent": "promised to processes, of what the kernel would promise",
-        "swap_total_bytes": "swap, 0 where there is none", "swap_used_bytes": "swap in use",
-        "swap_used_percent": "swap in use, null without swap", "group_limit_bytes": "memory limit of this container",
-        "group_used_bytes": "used of it", "group_used_percent": "used of it",
+        "swap_total_bytes": "swap, 0 where there is none",
+        "swap_used_bytes": "swap in use",
+        "swap_used_percent": "swap in use, null without swap",
+        "group_limit_bytes": "memory limit of this container",
+        "group_used_bytes": "used of it",
+        "group_used_percent": "used of it",
     },
     first=_memory_first,
     read=_memory_read,
-)  # fmt: skip
+)
 
 
 # --- load -----------------------------------------------------------------------------------------------------------
@@ -124,8 +132,10 @@ def _load_read(readings: Readings, parameters: Parameters) -> JsonObject:
         processors = sum(line.startswith("cpu") and line[3:4].isdigit() for line in stat) or None
     blocked = next((integer(line[14:]) for line in stat or () if line.startswith("procs_blocked ")), None)
     pressure = {resource: _pressure(readings.lines("psi-" + resource)) for resource in _RESOURCES}
+    # The files are there and refuse to be read where PSI is switched off (psi=0, the default of RHEL 8).
+    switched_off = [name for name in readings.names("psi-") if "not supported" in readings.problem(name)]
     return dict(
-        readings.account(),
+        readings.account(switched_off),
         load1=averages[0],
         load5=averages[1],
         load15=averages[2],
@@ -140,23 +150,32 @@ def _load_read(readings: Readings, parameters: Parameters) -> JsonObject:
 
 
 _PRESSURE = {
-    "some_avg10_percent": "of the last 10 s something waited", "some_avg60_percent": "of the last 60 s",
-    "some_avg300_percent": "of the last 300 s", "full_avg10_percent": "of the last 10 s everything waited",
-    "full_avg60_percent": "of the last 60 s", "full_avg300_percent": "of the last 300 s",
-}  # fmt: skip
+    "some_avg10_percent": "of the last 10 s something waited",
+    "some_avg60_percent": "of the last 60 s",
+    "some_avg300_percent": "of the last 300 s",
+    "full_avg10_percent": "of the last 10 s everything waited",
+    "full_avg60_percent": "of the last 60 s",
+    "full_avg300_percent": "of the last 300 s",
+}
 
 LOAD = Observer(
     name="load",
     summary="Load averages, waiting tasks and pressure (PSI) on processor, memory and disks.",
     returns={
-        "load1": "average of the last minute", "load5": "5 minutes", "load15": "15 minutes",
-        "load5_per_cpu": "for each processor", "load15_per_cpu": "for each processor", "cpus": "processors online",
-        "tasks_running": "runnable now", "tasks_blocked": "waiting for a disk or file server now", "tasks_total": "threads",
-        "pressure": {resource: _PRESSURE for resource in _RESOURCES},
+        "load1": "average of the last minute",
+        "load5": "5 minutes",
+        "load15": "15 minutes",
+        "load5_per_cpu": "for each processor",
+        "load15_per_cpu": "for each processor",
+        "cpus": "processors online",
+        "tasks_running": "runnable now",
+        "tasks_blocked": "waiting for a disk or file server now",
+        "tasks_total": "threads",
+        "pressure": dict.fromkeys(_RESOURCES, _PRESSURE),
     },
     first=_load_first,
     read=_load_read,
-)  # fmt: skip
+)
 
 
 # --- top_processes --------------------------------------------------------------------------------------------------
@@ -201,11 +220,18 @@ def _processes(readings: Readings) -> Optional[Dict[int, JsonObject]]:
         if resident is None or age is None or threads is None or share is None:
             continue
         found[int(words[0])] = {
-            "pid": int(words[0]), "parent_pid": integer(words[1]), "name": clean(words[9], 80),
-            "user": clean(words[2], 40), "state": clean(words[3], 10), "cpu_percent": None,
-            "cpu_lifetime_percent": share, "resident_bytes": resident * 1024, "age_s": age, "threads": threads,
+            "pid": int(words[0]),
+            "parent_pid": integer(words[1]),
+            "name": clean(words[9], 80),
+            "user": clean(words[2], 40),
+            "state": clean(words[3], 10),
+            "cpu_percent": None,
+            "cpu_lifetime_percent": share,
+            "resident_bytes": resident * 1024,
+            "age_s": age,
+            "threads": threads,
             "unit": None if words[8] == "-" else clean(words[8], 120),
-        }  # fmt: skip
+        }
     if lines is not None:
         return found
     lines = readings.lines("ps-plain")
@@ -214,11 +240,18 @@ def _processes(readings: Readings) -> Optional[Dict[int, JsonObject]]:
         if len(words) != 6 or integer(words[0]) is None:
             continue
         found[int(words[0])] = {
-            "pid": int(words[0]), "parent_pid": integer(words[1]), "name": clean(words[5], 80),
-            "user": clean(words[2], 40), "state": clean(words[3], 10), "cpu_percent": None,
-            "cpu_lifetime_percent": None, "resident_bytes": _scaled(words[4]), "age_s": None, "threads": None,
+            "pid": int(words[0]),
+            "parent_pid": integer(words[1]),
+            "name": clean(words[5], 80),
+            "user": clean(words[2], 40),
+            "state": clean(words[3], 10),
+            "cpu_percent": None,
+            "cpu_lifetime_percent": None,
+            "resident_bytes": _scaled(words[4]),
+            "age_s": None,
+            "threads": None,
             "unit": None,
-        }  # fmt: skip
+        }
     return None if lines is None else found
 
 
@@ -283,11 +316,18 @@ def _top_read(readings: Readings, parameters: Parameters) -> JsonObject:
 
 
 _PROCESS = {
-    "pid": "process id", "parent_pid": "parent", "name": "name (arguments are not shown: they may hold secrets)",
-    "user": "owner", "state": "state letters of ps", "cpu_percent": "of one processor, over the last second",
-    "cpu_lifetime_percent": "of one processor, over its whole life", "resident_bytes": "memory in use",
-    "age_s": "since it was started", "threads": "threads", "unit": "systemd unit",
-}  # fmt: skip
+    "pid": "process id",
+    "parent_pid": "parent",
+    "name": "name (arguments are not shown: they may hold secrets)",
+    "user": "owner",
+    "state": "state letters of ps",
+    "cpu_percent": "of one processor, over the last second",
+    "cpu_lifetime_percent": "of one processor, over its whole life",
+    "resident_bytes": "memory in use",
+    "age_s": "since it was started",
+    "threads": "threads",
+    "unit": "systemd unit",
+}
 
 TOP_PROCESSES = Observer(
     name="top_processes",
@@ -297,15 +337,19 @@ TOP_PROCESSES = Observer(
         Parameter("count", "integer", "How many to list.", default=10, minimum=1, maximum=50),
     ),
     returns={
-        "processes": [_PROCESS], "first": _PROCESS, "total": "processes",
-        "uninterruptible": "processes waiting for a disk or file server", "zombies": "ended, not collected by their parent",
-        "idle_percent": "processor time, last second", "io_wait_percent": "idle with a disk request open",
+        "processes": [_PROCESS],
+        "first": _PROCESS,
+        "total": "processes",
+        "uninterruptible": "processes waiting for a disk or file server",
+        "zombies": "ended, not collected by their parent",
+        "idle_percent": "processor time, last second",
+        "io_wait_percent": "idle with a disk request open",
         "stolen_percent": "taken by the hypervisor for others",
     },
     first=_top_first,
     further=_top_further,
     read=_top_read,
-)  # fmt: skip
+)
 
 
 # --- kernel_limits --------------------------------------------------------------------------------------------------
@@ -349,11 +393,16 @@ KERNEL_LIMITS = Observer(
     name="kernel_limits",
     summary="Open files, tasks and tracked connections against the limits of the kernel.",
     returns={
-        "open_files": "open file handles", "open_files_limit": "fs.file-max", "open_files_percent": "of the limit",
-        "tasks": "threads", "tasks_limit": "kernel.threads-max or pid_max", "tasks_percent": "of the limit",
+        "open_files": "open file handles",
+        "open_files_limit": "fs.file-max",
+        "open_files_percent": "of the limit",
+        "tasks": "threads",
+        "tasks_limit": "kernel.threads-max or pid_max",
+        "tasks_percent": "of the limit",
         "tracked_connections": "entries of conntrack, null where it is not loaded",
-        "tracked_connections_limit": "nf_conntrack_max", "tracked_connections_percent": "of the limit",
+        "tracked_connections_limit": "nf_conntrack_max",
+        "tracked_connections_percent": "of the limit",
     },
     first=_limits_first,
     read=_limits_read,
-)  # fmt: skip
+)

@@ -29,7 +29,7 @@ def _address(text: str) -> Optional[str]:
 
 def _scope(address: str) -> str:
     """Who can reach a listening address: ``any``, ``loopback`` or ``address`` (one address of the machine)."""
-    if address in ("*", "0.0.0.0", "::"):  # noqa: S104 - a comparison, nothing is bound here
+    if address in ("*", "0.0.0.0", "::"):
         return "any"
     mapped = ipaddress.ip_address(address)
     inner = getattr(mapped, "ipv4_mapped", None) or mapped
@@ -76,13 +76,19 @@ def _ss_row(line: str) -> Optional[JsonObject]:
     group = re.search(r"(?:^| )cgroup:(/\S*)", rest)
     unit = group.group(1).rpartition("/")[2] if group else ""
     return {
-        "protocol": words[0], "address": address, "port": number, "interface": clean(interface, 20) or None,
-        "scope": _scope(address), "process": clean(user.group(1), 64) if user else None,
-        "pid": int(user.group(2)) if user else None, "uid": int(uid.group(1)) if uid else 0,
+        "protocol": words[0],
+        "address": address,
+        "port": number,
+        "interface": clean(interface, 20) or None,
+        "scope": _scope(address),
+        "process": clean(user.group(1), 64) if user else None,
+        "pid": int(user.group(2)) if user else None,
+        "uid": int(uid.group(1)) if uid else 0,
         "unit": clean(unit, 120) if "." in unit else None,
         # For a listener these are connections waiting to be accepted and how many may wait.
-        "queue": queue if words[0] == "tcp" else None, "queue_limit": limit if words[0] == "tcp" else None,
-    }  # fmt: skip
+        "queue": queue if words[0] == "tcp" else None,
+        "queue_limit": limit if words[0] == "tcp" else None,
+    }
 
 
 def _proc_address(text: str) -> Optional[str]:
@@ -106,10 +112,18 @@ def _proc_row(protocol: str, line: str) -> Optional[JsonObject]:
         return None
     waiting = hexadecimal(words[4].partition(":")[2])
     return {
-        "protocol": protocol, "address": address, "port": number, "interface": None, "scope": _scope(address),
-        "process": None, "pid": None, "uid": uid, "unit": None, "queue": waiting if protocol == "tcp" else None,
+        "protocol": protocol,
+        "address": address,
+        "port": number,
+        "interface": None,
+        "scope": _scope(address),
+        "process": None,
+        "pid": None,
+        "uid": uid,
+        "unit": None,
+        "queue": waiting if protocol == "tcp" else None,
         "queue_limit": None,
-    }  # fmt: skip
+    }
 
 
 def _sockets_read(readings: Readings, parameters: Parameters) -> JsonObject:
@@ -135,23 +149,32 @@ def _sockets_read(readings: Readings, parameters: Parameters) -> JsonObject:
 
 
 _SOCKET = {
-    "protocol": "tcp or udp", "address": "local address, * for all", "port": "port", "interface": "bound to",
-    "scope": "any, address (one of the machine) or loopback", "process": "name, where it may be seen", "pid": "its id",
-    "uid": "owner", "unit": "systemd unit or control group", "queue": "connections waiting to be accepted",
+    "protocol": "tcp or udp",
+    "address": "local address, * for all",
+    "port": "port",
+    "interface": "bound to",
+    "scope": "any, address (one of the machine) or loopback",
+    "process": "name, where it may be seen",
+    "pid": "its id",
+    "uid": "owner",
+    "unit": "systemd unit or control group",
+    "queue": "connections waiting to be accepted",
     "queue_limit": "how many may wait",
-}  # fmt: skip
+}
 
 LISTENING_SOCKETS = Observer(
     name="listening_sockets",
     summary="TCP and UDP sockets that wait for others, who can reach them and, where visible, which unit has them.",
     returns={
-        "sockets": [_SOCKET], "listening": "how many", "exposed": ["protocol/port not only on loopback"],
+        "sockets": [_SOCKET],
+        "listening": "how many",
+        "exposed": ["protocol/port not only on loopback"],
         "queue_full": [_SOCKET],
     },
     first=_sockets_first,
     further=_sockets_further,
     read=_sockets_read,
-)  # fmt: skip
+)
 
 
 # --- interfaces -----------------------------------------------------------------------------------------------------
@@ -247,23 +270,30 @@ def _interfaces_read(readings: Readings, parameters: Parameters) -> JsonObject:
         counters = _counters(item, dev.get(name))
         speed = integer(readings.first_line("speed:" + name))
         physical = readings.text("device/uevent:" + name) is not None
-        rows.append({
-            "name": clean(name, 40), "kind": _interface_kind(name, item, physical),
-            "state": clean(state.lower(), 20) if state else None,
-            "enabled": "UP" in flags if flags is not None else None,
-            "carrier": "LOWER_UP" in flags and "NO-CARRIER" not in flags if flags is not None else (state == "up" if state else None),
-            "mtu": whole(item.get("mtu")), "mac": clean(string(item.get("address")) or "", 60) or None,
-            "addresses": addresses if shown else None,
-            "speed_mbit": speed if speed is not None and speed > 0 else None,
-            "duplex": clean(readings.first_line("duplex:" + name) or "", 20) or None,
-            "carrier_changes": integer(readings.first_line("carrier_changes:" + name)),
-            "errors_percent": _errors_percent(counters),
-        })  # fmt: skip
+        rows.append(
+            {
+                "name": clean(name, 40),
+                "kind": _interface_kind(name, item, physical),
+                "state": clean(state.lower(), 20) if state else None,
+                "enabled": "UP" in flags if flags is not None else None,
+                "carrier": "LOWER_UP" in flags and "NO-CARRIER" not in flags
+                if flags is not None
+                else (state == "up" if state else None),
+                "mtu": whole(item.get("mtu")),
+                "mac": clean(string(item.get("address")) or "", 60) or None,
+                "addresses": addresses if shown else None,
+                "speed_mbit": speed if speed is not None and speed > 0 else None,
+                "duplex": clean(readings.first_line("duplex:" + name) or "", 20) or None,
+                "carrier_changes": integer(readings.first_line("carrier_changes:" + name)),
+                "errors_percent": _errors_percent(counters),
+            }
+        )
         rows[-1].update(counters)
     down = [
-        row["name"] for row in rows
+        row["name"]
+        for row in rows
         if row["kind"] == "physical" and row["enabled"] and row["carrier"] is False and row["addresses"]
-    ]  # fmt: skip
+    ]
     # A virtual interface has no speed; the kernel says so with "Invalid argument".
     speechless = [name for name in readings.names() if "Invalid argument" in readings.problem(name)]
     return dict(
@@ -302,24 +332,45 @@ INTERFACES = Observer(
     name="interfaces",
     summary="Network interfaces: state, addresses, traffic, errors, bonds.",
     returns={
-        "interfaces": [{
-            "name": "name", "kind": "physical, virtual or loopback", "state": "up, down, unknown, …", "enabled": "set up",
-            "carrier": "a link is there", "mtu": "bytes in a packet", "mac": "hardware address", "addresses": ["address/prefix"],
-            "speed_mbit": "link speed", "duplex": "full or half", "carrier_changes": "how often the link came or went",
-            "errors_percent": "errors of packets, worse direction", "rx_bytes": "received", "rx_packets": "received",
-            "rx_errors": "received broken", "rx_dropped": "received and dropped", "tx_bytes": "sent", "tx_packets": "sent",
-            "tx_errors": "not sent", "tx_dropped": "dropped before sending",
-        }],
-        "up": ["name"], "without_carrier": ["physical, enabled, with an address and without a link"],
-        "bonds": [{
-            "name": "name", "up": "state", "members": [{"name": "name", "up": "state", "failures": "link failures"}],
-            "members_down": ["name"],
-        }],
+        "interfaces": [
+            {
+                "name": "name",
+                "kind": "physical, virtual or loopback",
+                "state": "up, down, unknown, …",
+                "enabled": "set up",
+                "carrier": "a link is there",
+                "mtu": "bytes in a packet",
+                "mac": "hardware address",
+                "addresses": ["address/prefix"],
+                "speed_mbit": "link speed",
+                "duplex": "full or half",
+                "carrier_changes": "how often the link came or went",
+                "errors_percent": "errors of packets, worse direction",
+                "rx_bytes": "received",
+                "rx_packets": "received",
+                "rx_errors": "received broken",
+                "rx_dropped": "received and dropped",
+                "tx_bytes": "sent",
+                "tx_packets": "sent",
+                "tx_errors": "not sent",
+                "tx_dropped": "dropped before sending",
+            }
+        ],
+        "up": ["name"],
+        "without_carrier": ["physical, enabled, with an address and without a link"],
+        "bonds": [
+            {
+                "name": "name",
+                "up": "state",
+                "members": [{"name": "name", "up": "state", "failures": "link failures"}],
+                "members_down": ["name"],
+            }
+        ],
     },
     first=_interfaces_first,
     further=_interfaces_further,
     read=_interfaces_read,
-)  # fmt: skip
+)
 
 
 # --- routes ---------------------------------------------------------------------------------------------------------
@@ -354,14 +405,20 @@ def _ip_routes(readings: Readings, name: str, family: str) -> List[JsonObject]:
             hop_flags = hop.get("flags") if isinstance(hop.get("flags"), list) else flags
             via = hop.get("via")
             gateway = string(hop.get("gateway")) or (string(via.get("host")) if isinstance(via, dict) else None)
-            rows.append({
-                "family": family, "destination": clean(destination, 60),
-                "gateway": clean(gateway, 60) if gateway else None,
-                "interface": clean(string(hop.get("dev")) or string(item.get("dev")) or "", 40) or None,
-                "metric": whole(item.get("metric")), "source": string(item.get("prefsrc")),
-                "protocol": clean(string(item.get("protocol")) or "", 40) or None,
-                "usable": not (isinstance(hop_flags, list) and {"linkdown", "dead"} & {str(flag) for flag in hop_flags}),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "family": family,
+                    "destination": clean(destination, 60),
+                    "gateway": clean(gateway, 60) if gateway else None,
+                    "interface": clean(string(hop.get("dev")) or string(item.get("dev")) or "", 40) or None,
+                    "metric": whole(item.get("metric")),
+                    "source": string(item.get("prefsrc")),
+                    "protocol": clean(string(item.get("protocol")) or "", 40) or None,
+                    "usable": not (
+                        isinstance(hop_flags, list) and {"linkdown", "dead"} & {str(flag) for flag in hop_flags}
+                    ),
+                }
+            )
     return rows
 
 
@@ -379,11 +436,18 @@ def _proc_routes(lines: Optional[Sequence[str]]) -> List[JsonObject]:
         if len(words[1]) != 8 or len(words[7]) != 8:
             continue
         length = bin(int(words[7], 16)).count("1")
-        rows.append({
-            "family": "ipv4", "destination": "default" if not length else "%s/%d" % (target, length),
-            "gateway": gateway if flags & 2 else None, "interface": clean(words[0], 40), "metric": metric,
-            "source": None, "protocol": None, "usable": True,
-        })  # fmt: skip
+        rows.append(
+            {
+                "family": "ipv4",
+                "destination": "default" if not length else "%s/%d" % (target, length),
+                "gateway": gateway if flags & 2 else None,
+                "interface": clean(words[0], 40),
+                "metric": metric,
+                "source": None,
+                "protocol": None,
+                "usable": True,
+            }
+        )
     return rows
 
 
@@ -400,12 +464,18 @@ def _proc_routes6(lines: Optional[Sequence[str]]) -> List[JsonObject]:
         # Local and multicast entries (0x80000000) and rejects (0x0200) are no routes an administrator thinks of.
         if words[9] == "lo" or not flags & 1 or flags & 0x80000200 or target >> 120 == 0xFF:
             continue
-        rows.append({
-            "family": "ipv6",
-            "destination": "default" if not length else "%s/%d" % (ipaddress.IPv6Address(target), length),
-            "gateway": str(ipaddress.IPv6Address(gateway)) if flags & 2 else None, "interface": clean(words[9], 40),
-            "metric": metric, "source": None, "protocol": None, "usable": True,
-        })  # fmt: skip
+        rows.append(
+            {
+                "family": "ipv6",
+                "destination": "default" if not length else "%s/%d" % (ipaddress.IPv6Address(target), length),
+                "gateway": str(ipaddress.IPv6Address(gateway)) if flags & 2 else None,
+                "interface": clean(words[9], 40),
+                "metric": metric,
+                "source": None,
+                "protocol": None,
+                "usable": True,
+            }
+        )
     return rows
 
 
@@ -440,23 +510,30 @@ def _routes_read(readings: Readings, parameters: Parameters) -> JsonObject:
 
 
 _ROUTE = {
-    "family": "ipv4 or ipv6", "destination": "network or default", "gateway": "next hop", "interface": "through",
-    "metric": "smaller is preferred", "source": "address used", "protocol": "who set it (kernel, dhcp, static, …)",
+    "family": "ipv4 or ipv6",
+    "destination": "network or default",
+    "gateway": "next hop",
+    "interface": "through",
+    "metric": "smaller is preferred",
+    "source": "address used",
+    "protocol": "who set it (kernel, dhcp, static, …)",
     "usable": "its link is there",
-}  # fmt: skip
+}
 
 ROUTES = Observer(
     name="routes",
     summary="Routes of the main table, the default gateways and whether they answer on the local network.",
     returns={
-        "routes": [_ROUTE], "total": "how many",
+        "routes": [_ROUTE],
+        "total": "how many",
         "default_routes": [dict(_ROUTE, gateway_state="reachable, stale, delay, failed, …; null where not known")],
-        "defaults": "how many", "gateways": ["address"],
+        "defaults": "how many",
+        "gateways": ["address"],
     },
     first=_routes_first,
     further=_routes_further,
     read=_routes_read,
-)  # fmt: skip
+)
 
 
 # --- name_resolution ------------------------------------------------------------------------------------------------
@@ -545,16 +622,25 @@ def _names_read(readings: Readings, parameters: Parameters) -> JsonObject:
 NAME_RESOLUTION = Observer(
     name="name_resolution",
     summary="How names are resolved, and whether and how fast one is: the given one, or the machine's own.",
-    parameters=(Parameter("name", "host", "The name to look up (default: the machine's own, which asks no one else)."),),
+    parameters=(
+        Parameter("name", "host", "The name to look up (default: the machine's own, which asks no one else)."),
+    ),
     returns={
-        "servers": ["address"], "local_stub": "a resolver on this machine is asked", "upstream_servers": ["address"],
-        "search": ["domain"], "options": ["option"], "hosts_order": ["source of nsswitch.conf"], "name": "looked up",
-        "found": "whether it has an address", "addresses": ["address"], "lookup_ms": "how long that took, milliseconds",
+        "servers": ["address"],
+        "local_stub": "a resolver on this machine is asked",
+        "upstream_servers": ["address"],
+        "search": ["domain"],
+        "options": ["option"],
+        "hosts_order": ["source of nsswitch.conf"],
+        "name": "looked up",
+        "found": "whether it has an address",
+        "addresses": ["address"],
+        "lookup_ms": "how long that took, milliseconds",
     },
     first=_names_first,
     further=_names_further,
     read=_names_read,
-)  # fmt: skip
+)
 
 
 # --- tcp_health -----------------------------------------------------------------------------------------------------
@@ -615,12 +701,16 @@ TCP_HEALTH = Observer(
     name="tcp_health",
     summary="Counters of TCP and UDP since boot: retransmissions, overflowing listeners, socket states.",
     returns={
-        "established": "connections now", "time_wait": "closed, waiting", "orphaned": "without a process",
-        "sockets_used": "sockets", "segments_sent": "since boot",
+        "established": "connections now",
+        "time_wait": "closed, waiting",
+        "orphaned": "without a process",
+        "sockets_used": "sockets",
+        "segments_sent": "since boot",
         "retransmitted_percent": "of what was sent; null below 10,000 segments",
-        "listen_overflows": "connections lost because a program accepted too slowly", "listen_drops": "connections dropped",
+        "listen_overflows": "connections lost because a program accepted too slowly",
+        "listen_drops": "connections dropped",
         "udp_receive_buffer_errors": "datagrams lost because a program read too slowly",
     },
     first=_tcp_first,
     read=_tcp_read,
-)  # fmt: skip
+)

@@ -48,8 +48,18 @@ class UnknownObserver(LookupError):
 
 
 _UNIT_TYPES = (
-    "service", "socket", "target", "device", "mount", "automount", "swap", "timer", "path", "slice", "scope",
-)  # fmt: skip
+    "service",
+    "socket",
+    "target",
+    "device",
+    "mount",
+    "automount",
+    "swap",
+    "timer",
+    "path",
+    "slice",
+    "scope",
+)
 _UNIT = re.compile(r"[A-Za-z0-9:_.\\@][A-Za-z0-9:_.\\@-]{0,254}")
 _HOST = re.compile(
     r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?)*\.?"
@@ -171,9 +181,12 @@ _SCHEMAS: Dict[str, Callable[[Parameter], JsonObject]] = {
     "host": lambda p: {"type": "string", "pattern": "^%s$" % _HOST.pattern, "maxLength": 253},
     "duration": lambda p: {"type": "string", "pattern": "^%s$" % _DURATION.pattern},
     "paths": lambda p: {
-        "type": "array", "minItems": 1, "maxItems": p.maximum, "items": {"type": "string", "pattern": "^/"},
+        "type": "array",
+        "minItems": 1,
+        "maxItems": p.maximum,
+        "items": {"type": "string", "pattern": "^/"},
     },
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)

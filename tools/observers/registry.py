@@ -13,16 +13,33 @@ from tools.observers import certificates, clock, hardware, journal, memory, netw
 from tools.observers.observer import Observer, UnknownObserver, nearest
 
 _ALL = (
-    storage.DISK_SPACE, storage.MOUNTS, storage.BLOCK_DEVICES,
-    memory.MEMORY, memory.LOAD, memory.TOP_PROCESSES, memory.KERNEL_LIMITS,
-    units.FAILED_UNITS, units.UNIT_STATUS,
-    journal.JOURNAL_ERRORS, journal.KERNEL_MESSAGES, journal.OOM_KILLS,
-    network.LISTENING_SOCKETS, network.INTERFACES, network.ROUTES, network.NAME_RESOLUTION, network.TCP_HEALTH,
-    clock.TIME_SYNC, clock.UPTIME,
-    software.OS, software.PENDING_REBOOT, software.UPDATES,
-    hardware.CPU_INFO, hardware.HARDWARE_ERRORS, hardware.USERS_LOGGED_IN,
+    storage.DISK_SPACE,
+    storage.MOUNTS,
+    storage.BLOCK_DEVICES,
+    memory.MEMORY,
+    memory.LOAD,
+    memory.TOP_PROCESSES,
+    memory.KERNEL_LIMITS,
+    units.FAILED_UNITS,
+    units.UNIT_STATUS,
+    journal.JOURNAL_ERRORS,
+    journal.KERNEL_MESSAGES,
+    journal.OOM_KILLS,
+    network.LISTENING_SOCKETS,
+    network.INTERFACES,
+    network.ROUTES,
+    network.NAME_RESOLUTION,
+    network.TCP_HEALTH,
+    clock.TIME_SYNC,
+    clock.UPTIME,
+    software.OS,
+    software.PENDING_REBOOT,
+    software.UPDATES,
+    hardware.CPU_INFO,
+    hardware.HARDWARE_ERRORS,
+    hardware.USERS_LOGGED_IN,
     certificates.CERTIFICATES,
-)  # fmt: skip
+)
 
 OBSERVERS: Mapping[str, Observer] = MappingProxyType({one.name: one for one in _ALL})
 

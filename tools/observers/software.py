@@ -96,7 +96,7 @@ def _os_read(readings: Readings, parameters: Parameters) -> JsonObject:
         virtualization=line("virt") if readings.first_line("virt") != "none" else None,
         container=container,
         hardware=" ".join(part for part in (line("vendor"), line("product")) if part) or None,
-        selinux={"1": "enforcing", "0": "permissive"}.get(enforce or "", None),
+        selinux={"1": "enforcing", "0": "permissive"}.get(enforce or ""),
         apparmor={"Y": True, "N": False}.get(readings.first_line("apparmor") or ""),
         kernel_taints=[name for bit, name in sorted(_TAINTS.items()) if taint >> bit & 1]
         if taint is not None and taint >= 0
@@ -108,16 +108,26 @@ OS = Observer(
     name="os",
     summary="Operating system, kernel, kind of machine and security modules.",
     returns={
-        "name": "distribution and version", "id": "short name", "version": "version", "family": "debian, redhat, suse, alpine",
-        "support_end": "day support ends, where the distribution says so", "kernel": "running kernel",
-        "kernel_build": "its build", "architecture": "machine architecture", "hostname": "host name",
-        "init": "process 1", "virtualization": "hypervisor or container system, null if none or not known",
-        "container": "kind of container, null if none", "hardware": "vendor and product", "selinux": "enforcing or permissive",
-        "apparmor": "whether it is on", "kernel_taints": ["trouble the kernel remembers: oops, machine check, soft lockup, …"],
+        "name": "distribution and version",
+        "id": "short name",
+        "version": "version",
+        "family": "debian, redhat, suse, alpine",
+        "support_end": "day support ends, where the distribution says so",
+        "kernel": "running kernel",
+        "kernel_build": "its build",
+        "architecture": "machine architecture",
+        "hostname": "host name",
+        "init": "process 1",
+        "virtualization": "hypervisor or container system, null if none or not known",
+        "container": "kind of container, null if none",
+        "hardware": "vendor and product",
+        "selinux": "enforcing or permissive",
+        "apparmor": "whether it is on",
+        "kernel_taints": ["trouble the kernel remembers: oops, machine check, soft lockup, …"],
     },
     first=_os_first,
     read=_os_read,
-)  # fmt: skip
+)
 
 
 # --- pending_reboot -------------------------------------------------------------------------------------------------
@@ -224,13 +234,17 @@ PENDING_REBOOT = Observer(
     name="pending_reboot",
     summary="Whether the machine waits for a reboot, and why.",
     returns={
-        "required": "true, false, or null where nothing on the machine tells", "reasons": ["text"], "packages": ["package"],
-        "running_kernel": "release", "newest_kernel": "newest installed of the same flavour", "distribution_family": "family",
+        "required": "true, false, or null where nothing on the machine tells",
+        "reasons": ["text"],
+        "packages": ["package"],
+        "running_kernel": "release",
+        "newest_kernel": "newest installed of the same flavour",
+        "distribution_family": "family",
     },
     first=_reboot_first,
     further=_reboot_further,
     read=_reboot_read,
-)  # fmt: skip
+)
 
 
 # --- updates --------------------------------------------------------------------------------------------------------
@@ -303,9 +317,12 @@ def _updates_further(readings: Readings, parameters: Parameters) -> Sequence[Pro
 
 def _package(name: str, version: str, installed: Optional[str], source: str, security: Optional[bool]) -> JsonObject:
     return {
-        "name": clean(name, 100), "version": clean(version, 80), "installed": clean(installed, 80) if installed else None,
-        "source": clean(source, 120) or None, "security": security,
-    }  # fmt: skip
+        "name": clean(name, 100),
+        "version": clean(version, 80),
+        "installed": clean(installed, 80) if installed else None,
+        "source": clean(source, 120) or None,
+        "security": security,
+    }
 
 
 _APT = re.compile(r"([a-z0-9][a-z0-9.+-]{1,120})/(\S+) (\S+) (\S+) \[upgradable from: (\S+)\]")
@@ -324,7 +341,8 @@ def _apt(lines: Sequence[str]) -> List[JsonObject]:
 _DNF = re.compile(r"(\S+)\.(noarch|x86_64|i686|aarch64|ppc64le|s390x|riscv64)\s+([0-9]\S*)\s+(\S+)")
 
 
-def _dnf(lines: Sequence[str], advisories: Optional[Sequence[str]]) -> List[JsonObject]:
+def _dnf(lines: Sequence[str], advisories: Optional[Sequence[str]], complete: bool) -> List[JsonObject]:
+    """Packages with updates; ``complete``: whether the advisories are all, so that a missing one means something."""
     security = None
     if advisories is not None:
         # "RHSA-2024:1234 Important/Sec. openssl-1:3.0.7-27.el9.x86_64"
@@ -335,7 +353,7 @@ def _dnf(lines: Sequence[str], advisories: Optional[Sequence[str]]) -> List[Json
             break
         match = _DNF.fullmatch(line.strip())
         if match:
-            known = None if security is None else match.group(1) in security
+            known = None if security is None else match.group(1) in security or (False if complete else None)
             rows.append(_package(match.group(1), match.group(3), None, match.group(4), known))
     return rows
 
@@ -378,12 +396,13 @@ def _updates_read(readings: Readings, parameters: Parameters) -> JsonObject:
         security = sum(bool(row["security"]) for row in rows)
     elif lines is not None and group == "redhat":
         advisories = readings.lines("security")
-        rows = _dnf(lines, advisories)
-        security = sum(bool(row["security"]) for row in rows) if advisories is not None else None
+        complete = advisories is not None and not readings.was_cut("security")
+        rows = _dnf(lines, advisories, complete)
+        security = sum(bool(row["security"]) for row in rows) if complete else None
     elif lines is not None and group == "suse":
         rows = _zypper(lines)
         patches = readings.lines("security")
-        if patches is not None:
+        if patches is not None and not readings.was_cut("security"):
             security = sum(len(line.split("|")) >= 7 and line.split("|")[2].strip() == "security" for line in patches)
     elif lines is not None and group == "alpine":
         rows = _apk(lines)
@@ -410,15 +429,23 @@ UPDATES = Observer(
     name="updates",
     summary="Package updates that wait, as of the lists the machine last fetched.",
     returns={
-        "manager": "apt, dnf, yum, zypper or apk", "count": "packages with an update",
+        "manager": "apt, dnf, yum, zypper or apk",
+        "count": "packages with an update",
         "security": "of them for security (zypper: security patches), null where it does not tell",
-        "packages": [{
-            "name": "package", "version": "available", "installed": "installed", "source": "repository or suite",
-            "security": "a security update, null where it does not tell",
-        }],
-        "names": ["the first ten names"], "lists_age_s": "age of the lists", "lists_fetched_at": "UTC",
+        "packages": [
+            {
+                "name": "package",
+                "version": "available",
+                "installed": "installed",
+                "source": "repository or suite",
+                "security": "a security update, null where it does not tell",
+            }
+        ],
+        "names": ["the first ten names"],
+        "lists_age_s": "age of the lists",
+        "lists_fetched_at": "UTC",
     },
     first=_updates_first,
     further=_updates_further,
     read=_updates_read,
-)  # fmt: skip
+)

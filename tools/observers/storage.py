@@ -14,15 +14,13 @@ from tools.observers.observer import Observer, Parameter, Parameters, Probe, Rea
 from tools.values import JsonObject
 
 # Images: read-only and 100 % full by design.
-IMAGES = frozenset("squashfs iso9660 udf erofs cramfs romfs fuse.snapfuse fuse.squashfuse".split())
-MEMORY = frozenset("tmpfs ramfs devtmpfs hugetlbfs".split())
+IMAGES = frozenset(["squashfs", "iso9660", "udf", "erofs", "cramfs", "romfs", "fuse.snapfuse", "fuse.squashfuse"])
+MEMORY = frozenset(["tmpfs", "ramfs", "devtmpfs", "hugetlbfs"])
 REMOTE = frozenset(
-    "nfs nfs3 nfs4 cifs smb3 smbfs ceph 9p virtiofs glusterfs fuse.glusterfs fuse.sshfs fuse.s3fs fuse.rclone lustre "
-    "beegfs gpfs afs ncpfs fuse.ceph ocfs2 gfs2".split()
+    ["nfs", "nfs3", "nfs4", "cifs", "smb3", "smbfs", "ceph", "9p", "virtiofs", "glusterfs", "fuse.glusterfs", "fuse.sshfs", "fuse.s3fs", "fuse.rclone", "lustre", "beegfs", "gpfs", "afs", "ncpfs", "fuse.ceph", "ocfs2", "gfs2"]
 )
 DISKS = frozenset(
-    "ext2 ext3 ext4 xfs btrfs zfs f2fs jfs reiserfs bcachefs vfat exfat ntfs ntfs3 fuseblk nilfs2 minix hfsplus "
-    "vboxsf fuse.mergerfs".split()
+    ["ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "jfs", "reiserfs", "bcachefs", "vfat", "exfat", "ntfs", "ntfs3", "fuseblk", "nilfs2", "minix", "hfsplus", "vboxsf", "fuse.mergerfs"]
 )
 
 
@@ -101,14 +99,22 @@ def _space_read(readings: Readings, parameters: Parameters) -> JsonObject:
         # btrfs, vfat and others have no fixed number of inodes and say 0.
         nodes = inodes.get(mount)
         has_nodes = nodes is not None and nodes[2]
-        rows.append({
-            "mount": clean(mount), "source": clean(source), "kind": clean(kind, 40),
-            "class": file_system_class(kind, mount), "size_bytes": total * 1024, "used_bytes": used * 1024,
-            "available_bytes": max(free, 0) * 1024, "used_percent": percent(used, used + max(free, 0)),
-            "inodes_total": nodes[2] if nodes and has_nodes else None,
-            "inodes_used": nodes[3] if nodes and has_nodes else None,
-            "inodes_used_percent": percent(nodes[3], nodes[2]) if nodes and has_nodes else None,
-        })  # fmt: skip
+        rows.append(
+            {
+                "mount": clean(mount),
+                "source": clean(source),
+                "kind": clean(kind, 40),
+                "class": file_system_class(kind, mount),
+                "size_bytes": total * 1024,
+                "used_bytes": used * 1024,
+                "available_bytes": max(free, 0) * 1024,
+                "used_percent": percent(used, used + max(free, 0)),
+                "inodes_total": nodes[2] if nodes and has_nodes else None,
+                "inodes_used": nodes[3] if nodes and has_nodes else None,
+                "inodes_used_percent": percent(nodes[3], nodes[2]) if nodes and has_nodes else None,
+            }
+        )
+    _mark_views(rows)
     disks = [row for row in rows if row["class"] == "disk" and row["used_percent"] is not None]
     fullest = max(disks, key=lambda row: float(row["used_percent"]), default=None)
     answered = [
@@ -122,13 +128,31 @@ def _space_read(readings: Readings, parameters: Parameters) -> JsonObject:
     )
 
 
+def _mark_views(rows: Sequence[JsonObject]) -> None:
+    """Give class ``view`` to what shows a file system that an earlier row has: subvolumes, and the files a container
+    engine mounts from the disk below its overlay."""
+    for at, row in enumerate(rows):
+        for earlier in rows[:at]:
+            same = all(earlier[name] == row[name] for name in ("size_bytes", "used_bytes", "available_bytes"))
+            if row["class"] == earlier["class"] == "disk" and same:
+                if earlier["source"] == row["source"] or earlier["kind"] == "overlay":
+                    row["class"] = "view"
+                    break
+
+
 _FILESYSTEM = {
-    "mount": "where it is mounted", "source": "device or server path", "kind": "file system type",
-    "class": "disk, memory, image, remote, overlay or kernel", "size_bytes": "size", "used_bytes": "used",
-    "available_bytes": "available to ordinary users", "used_percent": "used of what ordinary users may use",
-    "inodes_total": "inodes, null where there is no fixed number", "inodes_used": "inodes in use",
+    "mount": "where it is mounted",
+    "source": "device or server path",
+    "kind": "file system type",
+    "class": "disk, memory, image, remote, overlay, kernel, or view (repeats an earlier one)",
+    "size_bytes": "size",
+    "used_bytes": "used",
+    "available_bytes": "available to ordinary users",
+    "used_percent": "used of what ordinary users may use",
+    "inodes_total": "inodes, null where there is no fixed number",
+    "inodes_used": "inodes in use",
     "inodes_used_percent": "inodes in use",
-}  # fmt: skip
+}
 
 DISK_SPACE = Observer(
     name="disk_space",
@@ -228,10 +252,15 @@ def _mounts_read(readings: Readings, parameters: Parameters) -> JsonObject:
                 why = "/etc/fstab asks for read-write"
         # The last mount on a directory is the visible one.
         rows[mount] = {
-            "mount": clean(mount), "source": clean(source), "kind": clean(kind, 40), "class": group,
-            "read_only": frozen or "ro" in options, "unexpected_read_only": bool(why), "why": why,
+            "mount": clean(mount),
+            "source": clean(source),
+            "kind": clean(kind, 40),
+            "class": group,
+            "read_only": frozen or "ro" in options,
+            "unexpected_read_only": bool(why),
+            "why": why,
             "options": clean(",".join(options), 200),
-        }  # fmt: skip
+        }
     present = {row[0] for row in found}
     missing = [
         {"mount": clean(mount), "source": clean(source), "kind": clean(kind, 40), "nofail": "nofail" in options}
@@ -255,12 +284,18 @@ MOUNTS = Observer(
     name="mounts",
     summary="Mounted file systems, those that became read-only, and entries of /etc/fstab that are not mounted.",
     returns={
-        "mounts": [{
-            "mount": "where", "source": "device or server path", "kind": "file system type",
-            "class": "disk, memory, image or remote", "read_only": "whether writing is refused",
-            "unexpected_read_only": "read-only although it should not be", "why": "why it should not be",
-            "options": "mount options",
-        }],
+        "mounts": [
+            {
+                "mount": "where",
+                "source": "device or server path",
+                "kind": "file system type",
+                "class": "disk, memory, image or remote",
+                "read_only": "whether writing is refused",
+                "unexpected_read_only": "read-only although it should not be",
+                "why": "why it should not be",
+                "options": "mount options",
+            }
+        ],
         "disks": "how many different sources of class disk",
         "unexpected_read_only": ["mount"],
         "missing": [{"mount": "where", "source": "what", "kind": "type", "nofail": "marked nofail"}],
@@ -268,7 +303,7 @@ MOUNTS = Observer(
     first=_mounts_first,
     further=_mounts_further,
     read=_mounts_read,
-)  # fmt: skip
+)
 
 
 # --- block_devices --------------------------------------------------------------------------------------------------
@@ -303,21 +338,35 @@ def _devices_read(readings: Readings, parameters: Parameters) -> JsonObject:
             rows[key]["parents"].append(clean(row.get("PKNAME", ""), 60))
             continue
         rows[key] = {
-            "name": clean(row["NAME"], 100), "kind": clean(row.get("TYPE", ""), 40), "size_bytes": size,
+            "name": clean(row["NAME"], 100),
+            "kind": clean(row.get("TYPE", ""), 40),
+            "size_bytes": size,
             "parents": [clean(row["PKNAME"], 60)] if row.get("PKNAME") else [],
-            "read_only": row.get("RO") == "1", "removable": row.get("RM") == "1", "rotational": row.get("ROTA") == "1",
-            "model": clean(row.get("MODEL", ""), 80) or None, "filesystem": clean(row.get("FSTYPE", ""), 40) or None,
-            "mount": clean(row.get("MOUNTPOINT", "")) or None, "state": clean(row.get("STATE", ""), 40) or None,
-        }  # fmt: skip
+            "read_only": row.get("RO") == "1",
+            "removable": row.get("RM") == "1",
+            "rotational": row.get("ROTA") == "1",
+            "model": clean(row.get("MODEL", ""), 80) or None,
+            "filesystem": clean(row.get("FSTYPE", ""), 40) or None,
+            "mount": clean(row.get("MOUNTPOINT", "")) or None,
+            "state": clean(row.get("STATE", ""), 40) or None,
+        }
     for line in readings.lines("partitions") or ():
         words = line.split()
         blocks = integer(words[2]) if len(words) == 4 else None
         if blocks and not words[3].startswith(("loop", "ram")):
             rows[words[3]] = {
-                "name": clean(words[3], 100), "kind": "unknown", "size_bytes": blocks * 1024, "parents": [],
-                "read_only": None, "removable": None, "rotational": None, "model": None, "filesystem": None,
-                "mount": None, "state": None,
-            }  # fmt: skip
+                "name": clean(words[3], 100),
+                "kind": "unknown",
+                "size_bytes": blocks * 1024,
+                "parents": [],
+                "read_only": None,
+                "removable": None,
+                "rotational": None,
+                "model": None,
+                "filesystem": None,
+                "mount": None,
+                "state": None,
+            }
     observed = readings.lines("lsblk") is not None or readings.lines("partitions") is not None
     answered = ["lsblk"] if readings.lines("partitions") else []
     listed = list(rows.values())
@@ -332,15 +381,24 @@ BLOCK_DEVICES = Observer(
     name="block_devices",
     summary="Disks, partitions, volumes and arrays (without loop devices).",
     returns={
-        "devices": [{
-            "name": "device name", "kind": "disk, part, lvm, crypt, raid1, rom, …", "size_bytes": "size",
-            "parents": ["kernel name of the device it lies on"], "read_only": "write-protected", "removable": "removable",
-            "rotational": "a spinning disk, or a virtual one that says so", "model": "model", "filesystem": "what is on it",
-            "mount": "where it is mounted", "state": "state of the device (running, live, …)",
-        }],
+        "devices": [
+            {
+                "name": "device name",
+                "kind": "disk, part, lvm, crypt, raid1, rom, …",
+                "size_bytes": "size",
+                "parents": ["kernel name of the device it lies on"],
+                "read_only": "write-protected",
+                "removable": "removable",
+                "rotational": "a spinning disk, or a virtual one that says so",
+                "model": "model",
+                "filesystem": "what is on it",
+                "mount": "where it is mounted",
+                "state": "state of the device (running, live, …)",
+            }
+        ],
         "disks": "how many whole disks",
     },
     first=_devices_first,
     further=_devices_further,
     read=_devices_read,
-)  # fmt: skip
+)

@@ -25,10 +25,18 @@ def _failed_first(parameters: Parameters) -> Sequence[Probe]:
         # One word; every status is an answer (1 says degraded).
         command("state", "systemctl", "is-system-running", ok_statuses=(0, 1, 3, 4), optional=True),
         command(
-            "failed", "systemctl", "list-units", "--failed", "--all", "--plain", "--no-legend", "--no-pager", "--full",
+            "failed",
+            "systemctl",
+            "list-units",
+            "--failed",
+            "--all",
+            "--plain",
+            "--no-legend",
+            "--no-pager",
+            "--full",
             output_bytes=131072,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _failed_rows(lines: Optional[Sequence[str]]) -> List[Dict[str, str]]:
@@ -58,17 +66,13 @@ def _failed_further(readings: Readings, parameters: Parameters) -> Sequence[Prob
     ]
 
 
-def _blocks(lines: Optional[Sequence[str]]) -> List[Dict[str, str]]:
-    """The property blocks of ``systemctl show`` with several units; each has its ``Id``."""
-    blocks: List[Dict[str, str]] = [{}]
-    for line in lines or ():
-        key, found, value = line.partition("=")
-        if not found:
-            continue
-        if key in blocks[-1]:
-            blocks.append({})
-        blocks[-1][key] = value.strip()
-    return [block for block in blocks if "Id" in block]
+def _blocks(text: Optional[str]) -> Dict[str, Dict[str, str]]:
+    """The properties of each unit of ``systemctl show UNIT UNIT…`` by its ``Id``; an empty line stands between units.
+
+    Which properties there are, and in which order, depends on the kind of unit.
+    """
+    blocks = [keyed(part.split("\n")) for part in (text or "").split("\n\n")]
+    return {block["Id"]: block for block in blocks if "Id" in block}
 
 
 def _age(properties: Dict[str, str], name: str, uptime: Optional[float]) -> Optional[int]:
@@ -86,25 +90,30 @@ def _uptime(readings: Readings) -> Optional[float]:
 
 def _state(readings: Readings) -> Optional[str]:
     word = readings.first_line("state")
-    known = "initializing starting running degraded maintenance stopping offline unknown".split()
+    known = ["initializing", "starting", "running", "degraded", "maintenance", "stopping", "offline", "unknown"]
     return word if word in known else None
 
 
 def _failed_read(readings: Readings, parameters: Parameters) -> JsonObject:
     lines = readings.lines("failed")
-    # A property block is complete only when the next one begins or nothing was cut.
-    details = {block["Id"]: block for block in _blocks(readings.lines("details"))}
+    details = _blocks(readings.text("details"))
     uptime = _uptime(readings)
     rows: List[JsonObject] = []
     for row in _failed_rows(lines):
         more = details.get(row["unit"], {})
-        rows.append({
-            "unit": clean(row["unit"]), "load": clean(row["load"], 40), "sub": clean(row["sub"], 40),
-            "description": clean(row["text"], 200), "result": clean(more.get("Result", ""), 40) or None,
-            "exit_status": integer(more.get("ExecMainStatus")), "restarts": integer(more.get("NRestarts")),
-            "failed_for_s": _age(more, "StateChangeTimestampMonotonic", uptime),
-            "file": clean(more.get("FragmentPath", "")) or None,
-        })  # fmt: skip
+        rows.append(
+            {
+                "unit": clean(row["unit"]),
+                "load": clean(row["load"], 40),
+                "sub": clean(row["sub"], 40),
+                "description": clean(row["text"], 200),
+                "result": clean(more.get("Result", ""), 40) or None,
+                "exit_status": integer(more.get("ExecMainStatus")),
+                "restarts": integer(more.get("NRestarts")),
+                "failed_for_s": _age(more, "StateChangeTimestampMonotonic", uptime),
+                "file": clean(more.get("FragmentPath", "")) or None,
+            }
+        )
     return dict(
         readings.account(),
         system_state=_state(readings),
@@ -119,17 +128,26 @@ FAILED_UNITS = Observer(
     summary="systemd units in the failed state, why they failed and for how long.",
     returns={
         "system_state": "running, degraded, starting, maintenance, offline (no systemd), …",
-        "units": [{
-            "unit": "name", "load": "load state", "sub": "sub state", "description": "description",
-            "result": "exit-code, signal, timeout, oom-kill, start-limit-hit, …", "exit_status": "of the main process",
-            "restarts": "automatic restarts", "failed_for_s": "since it failed", "file": "unit file",
-        }],
-        "failed": "how many", "names": ["unit"],
+        "units": [
+            {
+                "unit": "name",
+                "load": "load state",
+                "sub": "sub state",
+                "description": "description",
+                "result": "exit-code, signal, timeout, oom-kill, start-limit-hit, …",
+                "exit_status": "of the main process",
+                "restarts": "automatic restarts",
+                "failed_for_s": "since it failed",
+                "file": "unit file",
+            }
+        ],
+        "failed": "how many",
+        "names": ["unit"],
     },
     first=_failed_first,
     further=_failed_further,
     read=_failed_read,
-)  # fmt: skip
+)
 
 
 # --- unit_status ----------------------------------------------------------------------------------------------------
@@ -210,17 +228,32 @@ UNIT_STATUS = Observer(
         Parameter("lines", "integer", "How many log lines (0: none).", default=20, minimum=0, maximum=100),
     ),
     returns={
-        "unit": "name", "exists": "whether systemd knows it", "description": "description", "load_state": "loaded, not-found, masked, …",
-        "active_state": "active, inactive, failed, activating, …", "sub_state": "running, exited, dead, …",
-        "enabled": "enabled, disabled, static, masked, …", "result": "success, exit-code, signal, timeout, oom-kill, …",
-        "main_pid": "process id", "exit_status": "of the main process", "restarts": "automatic restarts",
-        "active_for_s": "since it became active", "state_for_s": "since its state changed", "memory_bytes": "memory in use",
-        "memory_limit_bytes": "its limit", "tasks": "processes and threads", "tasks_limit": "its limit", "user": "account",
-        "restart_policy": "no, on-failure, always, …", "file": "unit file", "drop_ins": ["file"],
-        "needs_daemon_reload": "the unit file on disk is newer than what runs", "triggered_by": ["unit"],
+        "unit": "name",
+        "exists": "whether systemd knows it",
+        "description": "description",
+        "load_state": "loaded, not-found, masked, …",
+        "active_state": "active, inactive, failed, activating, …",
+        "sub_state": "running, exited, dead, …",
+        "enabled": "enabled, disabled, static, masked, …",
+        "result": "success, exit-code, signal, timeout, oom-kill, …",
+        "main_pid": "process id",
+        "exit_status": "of the main process",
+        "restarts": "automatic restarts",
+        "active_for_s": "since it became active",
+        "state_for_s": "since its state changed",
+        "memory_bytes": "memory in use",
+        "memory_limit_bytes": "its limit",
+        "tasks": "processes and threads",
+        "tasks_limit": "its limit",
+        "user": "account",
+        "restart_policy": "no, on-failure, always, …",
+        "file": "unit file",
+        "drop_ins": ["file"],
+        "needs_daemon_reload": "the unit file on disk is newer than what runs",
+        "triggered_by": ["unit"],
         "status_text": "what the service says about itself",
         "recent": [{"at": "time, UTC", "priority": "0 (emergency) to 7 (debug)", "message": "text"}],
     },
     first=_unit_first,
     read=_unit_read,
-)  # fmt: skip
+)
