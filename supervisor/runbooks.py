@@ -35,7 +35,7 @@ class UnknownRunbook(LookupError):
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader without aliases (a bomb of them has no use here), without ``yes``/``no`` booleans and without dates."""
+    """SafeLoader without aliases (nobody needs a bomb of them), ``yes``/``no`` booleans and dates."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -212,4 +212,4 @@ def match(text: str, runbooks: Mapping[str, Runbook]) -> str | None:
     winners = [name for name, score in special.items() if score == best]
     if len(winners) == 1:
         return winners[0]
-    return DEFAULT if DEFAULT in runbooks else sorted(winners)[0]
+    return DEFAULT if DEFAULT in runbooks else min(winners)

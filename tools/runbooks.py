@@ -52,9 +52,12 @@ _DENIED = re.compile(r"denied|not permitted|insufficient permissions|own message
 
 @dataclasses.dataclass(frozen=True)
 class RunbookStep:
-    """One observation. ``title`` names the area it covers, ``ok`` is the text when nothing was wrong there (a template;
-    empty: nothing is said). ``optional``: that it gives nothing is ordinary. ``needs``: a parameter of the runbook without
-    which (empty text or list) the step is left out."""
+    """One observation.
+
+    ``title`` names the area it covers, ``ok`` is the text when nothing was wrong there (a template; empty: nothing is
+    said). ``optional``: that it gives nothing is ordinary. ``needs``: a parameter of the runbook without which (empty
+    text or list) the step is left out.
+    """
 
     id: str
     observer: str
@@ -566,7 +569,7 @@ _OPERATORS: Mapping[str, _Operator] = {
         lambda left, right: left in right if _is_scalar(left) else None,
     ),
     "contains": _Operator("text or a number", lambda value: isinstance(value, str) or _is_number(value), _contains),
-    "exists": _Operator("true or false", lambda value: isinstance(value, bool), lambda left, right: None),
+    "exists": _Operator("true or false", lambda value: isinstance(value, bool), lambda _left, _right: None),
     "matches": _Operator("a pattern with * and ?", lambda value: isinstance(value, str), _any_matches),
 }
 
@@ -629,7 +632,7 @@ def _size(amount: float) -> str:
 
 
 def shown(field: str, value: Any) -> str:
-    """A value as people read it; the end of its field's name tells the unit (``_bytes``, ``_percent``, ``_s``, ``_ms``)."""
+    """A value as people read it; the end of its field's name tells the unit (``_bytes``, ``_percent``, ``_s``…)."""
     if value is None:
         return "unknown"
     if isinstance(value, bool):
@@ -758,7 +761,7 @@ def _unobserved(step: RunbookStep, call_id: str, reason: str, part: bool = False
         "Find out why the observer %s gives nothing; until then this area is unknown, not well." % step.observer
     )
     if _DENIED.search(reason):
-        suggestion = "If it is to be seen, give the agent's user the right to read it (for logs the group systemd-journal or adm)."
+        suggestion = "If it is to be seen, let the agent's user read it (for logs: the group systemd-journal or adm)."
     title = "%s could %s be observed" % (step.title, "only partly" if part else "not")
     return Finding(
         id="%s-%s" % (step.id, "partly" if part else "unobserved"),

@@ -6,6 +6,7 @@ how a machine is reached or changed.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,8 @@ class Registry:
         machines = self._services.store.machines
         before = self.known(machine.id)
         if before is None:
-            machines.add(machine)
+            # Without its key: who accepted that is said, and recorded, below.
+            machines.add(dataclasses.replace(machine, host_key=None, host_key_fingerprint=None))
             self._record(kinds.MACHINE_ADDED, machine, {"address": machine.address, "port": machine.port})
         else:
             wanted: dict[str, Any] = {"address": machine.address, "port": machine.port, "user": machine.user}

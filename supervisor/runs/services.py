@@ -123,14 +123,14 @@ class Services:
     ) -> None:
         """Append one audit record; on disk when this returns."""
         entry = Entry(kind, body, machine, run_id, actor, key)
-        await asyncio.to_thread(self.ledger.append, [entry])
+        await self.ledger.append_async([entry])
 
     async def record_all(
         self, machine: str, records: Iterable[tuple[str, JsonObject, str]], *, run_id: str
     ) -> None:
         """Append several records (kind, body, key) of a run at once."""
         entries = [Entry(kind, body, machine, run_id, f"agent:{machine}", key) for kind, body, key in records]
-        await asyncio.to_thread(self.ledger.append, entries)
+        await self.ledger.append_async(entries)
 
     def check_journal(
         self, run: Run, lines: Sequence[str], events: Sequence[Event], missing: str

@@ -403,9 +403,8 @@ def test_a_private_key_is_never_asked_for() -> None:
     assert all("PRIVATE KEY-----" not in result.stdout for result in results)
 
 
-SOURCES = sorted((Path(__file__).parents[2] / "tools/observers").glob("*.py")) + [
-    Path(__file__).parents[2] / "tools/runbooks.py"
-]
+TOOLS = Path(__file__).parents[2] / "tools"
+SOURCES = [*sorted((TOOLS / "observers").glob("*.py")), TOOLS / "runbooks.py"]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)

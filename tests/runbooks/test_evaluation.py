@@ -248,7 +248,7 @@ def test_evaluation_never_raises_whatever_the_data_is(name: str, data: st.DataOb
     runbook = RUNBOOKS[name]
     results: dict[str, Observed] = {}
     for step in runbook.steps:
-        fields = sorted(observer(step.observer).returns) + ["unavailable", "cut"]
+        fields = [*sorted(observer(step.observer).returns), "unavailable", "cut"]
         results[step.id] = (
             "c1",
             data.draw(st.none() | st.fixed_dictionaries({}, optional=dict.fromkeys(fields, JSON))),

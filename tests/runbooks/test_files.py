@@ -124,7 +124,7 @@ def test_words_like_yes_and_dates_stay_text() -> None:
     "raw", [b"", b"- a\n- b\n", b"\xff\xfe", b"\x00", b"a: b: c", b"[" * 5000, b"x" * 300_000, b"? {a: b} : c"]
 )
 def test_a_file_that_is_no_runbook_is_refused(raw: bytes) -> None:
-    with pytest.raises(BadRunbook, match="x.yaml"):
+    with pytest.raises(BadRunbook, match=r"x\.yaml"):
         load_text(raw, "x.yaml")
 
 
@@ -142,14 +142,14 @@ def test_added_directories_add_runbooks_and_a_name_that_is_taken_is_refused(tmp_
     (tmp_path / "tiny.yaml").write_text(GOOD)
     assert "tiny" in load_all([tmp_path])
     (tmp_path / "again.yaml").write_text(GOOD.replace("name: tiny", "name: disk"))
-    with pytest.raises(BadRunbook, match="'disk' is already defined in prompts/runbooks/disk.yaml"):
+    with pytest.raises(BadRunbook, match=r"'disk' is already defined in prompts/runbooks/disk\.yaml"):
         load_all([tmp_path])
     with pytest.raises(BadRunbook, match="expected a directory with runbooks"):
         load_all([tmp_path / "nowhere"])
 
 
 def test_an_unreadable_file_is_refused_with_its_name(tmp_path: Path) -> None:
-    with pytest.raises(BadRunbook, match="gone.yaml: cannot read the runbook"):
+    with pytest.raises(BadRunbook, match=r"gone\.yaml: cannot read the runbook"):
         load_file(tmp_path / "gone.yaml")
 
 

@@ -3,7 +3,7 @@
 Owns: which files are looked at, in three phases: list, leave out those that hold a private key, read.
 Deliberately does not know: the formats' insides (``tools.observers.der``), trust stores (they are left out: a list of
 hundreds of authorities is the distribution's business), and private keys. A file with a key in it is never read, so
-that no key gets into evidence: ``grep -L`` names the files without one, and of the others ``openssl x509`` prints dates.
+that no key gets into evidence: ``grep -L`` names the files without one; of the others ``openssl x509`` prints the dates.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ _DAY = 86400
 
 _NAMES = ("-name", "*.pem", "-o", "-name", "*.crt", "-o", "-name", "*.cer", "-o", "-name", "*.cert")
 _STORES = re.compile(
-    r"/(?:ca-certificates|ca-bundle|tls-ca-bundle|cacert|ca-bundle\.trust)\.(?:crt|pem)$|^/etc/(?:ssl|pki/tls)/cert\.pem$|/extracted/|/ca-trust/"
+    r"/(?:ca-certificates|ca-bundle|tls-ca-bundle|cacert|ca-bundle\.trust)\.(?:crt|pem)$"
+    r"|^/etc/(?:ssl|pki/tls)/cert\.pem$|/extracted/|/ca-trust/"
 )
 _KEY_NAMES = re.compile(r"(?:^|[._-])(?:key|privkey|private|dhparams?|dh[0-9]*)(?:[._-]|$)", re.IGNORECASE)
 _PLAIN = re.compile(r"/[A-Za-z0-9_@%+=:,./~-]{1,1000}")
@@ -75,7 +76,7 @@ def _first(parameters: Parameters) -> Sequence[Probe]:
     ]
 
 
-def _further(readings: Readings, parameters: Parameters) -> Sequence[Probe]:
+def _further(readings: Readings, _parameters: Parameters) -> Sequence[Probe]:
     paths = _listed(readings)[:MAX_FILES]
     if not paths:
         return []
@@ -131,7 +132,7 @@ def _row(path: str, position: int, certificate: Certificate, now: Optional[int])
     }
 
 
-def _read(readings: Readings, parameters: Parameters) -> JsonObject:
+def _read(readings: Readings, _parameters: Parameters) -> JsonObject:
     now = integer(readings.first_line("now"))
     paths = _listed(readings)
     rows: List[JsonObject] = []

@@ -17,7 +17,7 @@ from tools.values import JsonObject
 # --- time_sync ------------------------------------------------------------------------------------------------------
 
 
-def _time_first(parameters: Parameters) -> Sequence[Probe]:
+def _time_first(_parameters: Parameters) -> Sequence[Probe]:
     return [
         command("chrony", "chronyc", "-n", "-c", "tracking", optional=True),
         command("timedate", "timedatectl", "show", "--no-pager"),
@@ -29,7 +29,7 @@ def _time_first(parameters: Parameters) -> Sequence[Probe]:
     ]
 
 
-def _time_further(readings: Readings, parameters: Parameters) -> Sequence[Probe]:
+def _time_further(readings: Readings, _parameters: Parameters) -> Sequence[Probe]:
     if _chrony(readings.first_line("chrony")) is not None:
         return []
     return [
@@ -130,7 +130,7 @@ _NO_SERVICE: JsonObject = {
 }
 
 
-def _time_read(readings: Readings, parameters: Parameters) -> JsonObject:
+def _time_read(readings: Readings, _parameters: Parameters) -> JsonObject:
     shown = keyed(readings.lines("timedate"))
     found = (
         _chrony(readings.first_line("chrony"))
@@ -193,7 +193,7 @@ TIME_SYNC = Observer(
 # --- uptime ---------------------------------------------------------------------------------------------------------
 
 
-def _uptime_first(parameters: Parameters) -> Sequence[Probe]:
+def _uptime_first(_parameters: Parameters) -> Sequence[Probe]:
     return [
         file("uptime", "/proc/uptime"),
         file("stat", "/proc/stat", output_bytes=262144),
@@ -202,7 +202,7 @@ def _uptime_first(parameters: Parameters) -> Sequence[Probe]:
     ]
 
 
-def _uptime_further(readings: Readings, parameters: Parameters) -> Sequence[Probe]:
+def _uptime_further(readings: Readings, _parameters: Parameters) -> Sequence[Probe]:
     # Before systemd 254 the list is text whatever --output says; it is only asked for again if the option was refused.
     if readings.problem("boots") and "output" in readings.problem("boots"):
         return [command("boots-text", "journalctl", "--no-pager", "--list-boots", "--utc", output_bytes=131072)]
@@ -236,7 +236,7 @@ def _boots(readings: Readings) -> Optional[List[JsonObject]]:
     return sorted(rows, key=lambda row: -float(row["first"]))
 
 
-def _uptime_read(readings: Readings, parameters: Parameters) -> JsonObject:
+def _uptime_read(readings: Readings, _parameters: Parameters) -> JsonObject:
     words = (readings.first_line("uptime") or "").split()
     seconds = number(words[0]) if len(words) == 2 else None
     booted = boot_time(readings)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
-import datetime
+import datetime as dt
 import ipaddress
 import re
 from typing import List, Optional, Tuple
@@ -42,7 +42,7 @@ _SUBJECT_ALT_NAME, _BASIC_CONSTRAINTS = b"\x55\x1d\x11", b"\x55\x1d\x13"
 _BLOCK = re.compile(
     r"-----BEGIN ((?:TRUSTED |X509 )?CERTIFICATE)-----[ \t\r]*\n([A-Za-z0-9+/=\s]{1,100000}?)-----END \1-----"
 )
-_EPOCH = datetime.datetime(1970, 1, 1)
+_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.timezone.utc)
 
 
 class BadCertificate(ValueError):
@@ -135,7 +135,7 @@ def _time(reader: _Reader) -> int:
     elif tag != _GENERALIZED_TIME or not re.fullmatch(r"[0-9]{14}Z", text):
         raise BadCertificate("expected a time in UTC, got tag 0x%02x %.40r" % (tag, text))
     try:
-        moment = datetime.datetime(*_parts(text))
+        moment = dt.datetime(*_parts(text), tzinfo=dt.timezone.utc)
     except ValueError:
         raise BadCertificate("no such time: %.40r" % text) from None
     return int((moment - _EPOCH).total_seconds())
@@ -164,7 +164,7 @@ def _is_authority(contents: bytes) -> bool:
 
 
 def read_certificate(data: bytes) -> Certificate:
-    """The certificate in ``data`` (DER; what follows it is ignored, as in "TRUSTED" ones); raises ``BadCertificate``."""
+    """The certificate in ``data`` (DER; what follows it is ignored, as in "TRUSTED" ones). Raises ``BadCertificate``."""
     outer = _Reader(data).inner(_SEQUENCE, "certificate")
     body = outer.inner(_SEQUENCE, "to-be-signed part")
     if body.peek() == 0xA0:

@@ -6,7 +6,7 @@ Deliberately does not know: which observer asks. Nothing here raises on any text
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import json
 import re
 from typing import Any, Dict, Iterable, List, Optional, Tuple
@@ -18,6 +18,7 @@ _HEX = re.compile(r"\\x([0-9a-fA-F]{2})")
 _PAIR = re.compile(r'([A-Za-z0-9_:%#.-]+)="((?:[^"\\]|\\.)*)"')
 # 9999-12-31, the last day a date can show; seconds since 1970.
 _LAST_SECOND = 253402300799
+_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.timezone.utc)
 
 
 def integer(text: Optional[str]) -> Optional[int]:
@@ -120,17 +121,17 @@ def utc(seconds: Optional[float]) -> Optional[str]:
     """Seconds since 1970 as ``2024-05-01T10:00:00Z``; ``None`` outside of the years 1970 to 9999."""
     if seconds is None or not 0 <= seconds <= _LAST_SECOND:
         return None
-    moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=int(seconds))
+    moment = _EPOCH + dt.timedelta(seconds=int(seconds))
     return moment.strftime("%Y-%m-%dT%H:%M:%SZ") if moment.year >= 1000 else None
 
 
 def seconds_of_utc(text: str, form: str = "%Y-%m-%d %H:%M:%S") -> Optional[int]:
     """The seconds since 1970 of a UTC time written in ``form``, else ``None``."""
     try:
-        moment = datetime.datetime.strptime(text, form)
+        moment = dt.datetime.strptime(text, form).replace(tzinfo=dt.timezone.utc)
     except ValueError:
         return None
-    return int((moment - datetime.datetime(1970, 1, 1)).total_seconds())
+    return int((moment - _EPOCH).total_seconds())
 
 
 def size_of_list(text: Optional[str]) -> Optional[int]:

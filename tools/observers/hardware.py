@@ -17,7 +17,7 @@ from tools.values import JsonObject
 # --- cpu_info -------------------------------------------------------------------------------------------------------
 
 
-def _cpu_first(parameters: Parameters) -> Sequence[Probe]:
+def _cpu_first(_parameters: Parameters) -> Sequence[Probe]:
     return [
         command("lscpu", "lscpu", "-J"),
         file("online", "/sys/devices/system/cpu/online", optional=True),
@@ -26,7 +26,7 @@ def _cpu_first(parameters: Parameters) -> Sequence[Probe]:
     ]
 
 
-def _cpu_further(readings: Readings, parameters: Parameters) -> Sequence[Probe]:
+def _cpu_further(readings: Readings, _parameters: Parameters) -> Sequence[Probe]:
     return (
         []
         if _lscpu(readings)
@@ -52,7 +52,7 @@ def _lscpu(readings: Readings) -> Dict[str, str]:
     return found
 
 
-def _cpu_read(readings: Readings, parameters: Parameters) -> JsonObject:
+def _cpu_read(readings: Readings, _parameters: Parameters) -> JsonObject:
     found = _lscpu(readings)
     info: Dict[str, str] = {}
     for line in readings.lines("cpuinfo") or ():
@@ -110,7 +110,7 @@ CPU_INFO = Observer(
 MAX_STATE_FILES = 40
 
 
-def _errors_first(parameters: Parameters) -> Sequence[Probe]:
+def _errors_first(_parameters: Parameters) -> Sequence[Probe]:
     return [
         file("mdstat", "/proc/mdstat", optional=True),
         command(
@@ -145,7 +145,7 @@ _STATE_FILE = re.compile(
 )
 
 
-def _errors_further(readings: Readings, parameters: Parameters) -> Sequence[Probe]:
+def _errors_further(readings: Readings, _parameters: Parameters) -> Sequence[Probe]:
     paths = [line for line in readings.lines("files") or () if _STATE_FILE.fullmatch(line)]
     return [file("state:" + path, path, optional=True) for path in paths[:MAX_STATE_FILES]] + kernel_further(readings)
 
@@ -186,7 +186,7 @@ def md_arrays(lines: Optional[Sequence[str]]) -> List[JsonObject]:
     return rows
 
 
-def _errors_read(readings: Readings, parameters: Parameters) -> JsonObject:
+def _errors_read(readings: Readings, _parameters: Parameters) -> JsonObject:
     controllers: Dict[str, Dict[str, Optional[int]]] = {}
     pools: List[JsonObject] = []
     devices: List[JsonObject] = []
@@ -237,7 +237,7 @@ def _errors_read(readings: Readings, parameters: Parameters) -> JsonObject:
 
 HARDWARE_ERRORS = Observer(
     name="hardware_errors",
-    summary="Memory errors (EDAC), RAID, ZFS and Btrfs state, and this boot's kernel errors about processors and disks. "
+    summary="Memory errors (EDAC), RAID, ZFS and Btrfs state, and kernel errors about processors and disks of this boot. "
     "SMART values are not among them: only root can read them.",
     returns={
         "memory_controllers": [
@@ -276,7 +276,7 @@ HARDWARE_ERRORS = Observer(
 # --- users_logged_in ------------------------------------------------------------------------------------------------
 
 
-def _users_first(parameters: Parameters) -> Sequence[Probe]:
+def _users_first(_parameters: Parameters) -> Sequence[Probe]:
     return [
         command("who", "who"),
         command("sessions", "loginctl", "list-sessions", "--no-legend", "--no-pager", optional=True),
@@ -284,11 +284,13 @@ def _users_first(parameters: Parameters) -> Sequence[Probe]:
 
 
 _WHO = re.compile(
-    r"(\S{1,64}) +(?:[+-] +)?(\S{1,40}) +([0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}|[A-Z][a-z]{2} +[0-9]{1,2} [0-9]{2}:[0-9]{2})(?: +.*?)?(?: *\(([^)]{1,200})\))?"
+    r"(\S{1,64}) +(?:[+-] +)?(\S{1,40}) +"
+    r"([0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}|[A-Z][a-z]{2} +[0-9]{1,2} [0-9]{2}:[0-9]{2})"
+    r"(?: +.*?)?(?: *\(([^)]{1,200})\))?"
 )
 
 
-def _users_read(readings: Readings, parameters: Parameters) -> JsonObject:
+def _users_read(readings: Readings, _parameters: Parameters) -> JsonObject:
     rows: List[JsonObject] = []
     for line in readings.lines("who") or ():
         match = _WHO.fullmatch(line.strip()[:400])

@@ -193,33 +193,53 @@ JOURNAL_ERRORS = Observer(
 # --- kernel messages ------------------------------------------------------------------------------------------------
 
 # What kernel messages are about, first match counts. Wording of the kernel from 4.18 (RHEL 8) on.
+_WORDING: Tuple[Tuple[str, Tuple[str, ...]], ...] = (
+    (
+        "out-of-memory",
+        ("out of memory", "oom-kill", "oom_reaper", "invoked oom-killer", "page allocation failure"),
+    ),
+    (
+        "processor",
+        (
+            "machine check", r"\bmce:", "hardware error", r"edac .*(?:ce|ue)\b", "edac .*error", "thermal",
+            "temperature above", "cpu clock throttled",
+        ),
+    ),
+    (
+        "storage",
+        (
+            "i/o error", "critical (?:medium|target|space allocation) error", "medium error", "buffer i/o",
+            "lost (?:async )?page write", "failed command", "exception emask", "unrecovered read error",
+            "nvme.*(?:timeout|abort|controller is down|reset)", "ext[234]-fs (?:error|warning)", "ext4-fs .*remount",
+            "xfs .*(?:corruption|shutdown|shutting down|metadata i/o)", "btrfs (?:error|critical)", "btrfs: error",
+            "remounting filesystem read-only", "dm-[0-9]+.*error", "raid.*(?:fail|disk failure)", "sense key",
+            "blk_update_request", "device offlined", "rejecting i/o", "jbd2.*(?:error|abort)", "superblock.*error",
+        ),
+    ),
+    (
+        "hang",
+        (
+            "blocked for more than", "soft lockup", "hard lockup", "rcu.*(?:stall|detected)", "hung_task", "watchdog:",
+        ),
+    ),
+    (
+        "crash",
+        (
+            "kernel bug", r"\boops\b", "general protection", "unable to handle", "call trace", "kernel panic",
+            r"\bbug:", "segfault", "trap .* ip:",
+        ),
+    ),
+    (
+        "network",
+        (
+            "nf_conntrack.*full", "neighbour.*overflow", "link is down", "netdev watchdog", "too many orphaned",
+            "transmit queue .* timed out", "syn flooding", "tcp: out of memory", "carrier lost",
+            "bond.*(?:link status definitely down|now running without)",
+        ),
+    ),
+)  # fmt: skip
 TOPICS: Tuple[Tuple[str, "re.Pattern[str]"], ...] = tuple(
-    (topic, re.compile(pattern, re.IGNORECASE))
-    for topic, pattern in (
-        ("out-of-memory", r"out of memory|oom-kill|oom_reaper|invoked oom-killer|page allocation failure"),
-        (
-            "processor",
-            r"machine check|\bmce:|hardware error|edac .*(?:ce|ue)\b|edac .*error|thermal|temperature above|cpu clock throttled",
-        ),
-        (
-            "storage",
-            r"i/o error|critical (?:medium|target|space allocation) error|medium error|buffer i/o|lost (?:async )?page write"
-            r"|failed command|exception emask|unrecovered read error|nvme.*(?:timeout|abort|controller is down|reset)"
-            r"|ext[234]-fs (?:error|warning)|ext4-fs .*remount|xfs .*(?:corruption|shutdown|shutting down|metadata i/o)"
-            r"|btrfs (?:error|critical)|btrfs: error|remounting filesystem read-only|dm-[0-9]+.*error|raid.*(?:fail|disk failure)"
-            r"|sense key|blk_update_request|device offlined|rejecting i/o|jbd2.*(?:error|abort)|superblock.*error",
-        ),
-        ("hang", r"blocked for more than|soft lockup|hard lockup|rcu.*(?:stall|detected)|hung_task|watchdog:"),
-        (
-            "crash",
-            r"kernel bug|\boops\b|general protection|unable to handle|call trace|kernel panic|\bbug:|segfault|trap .* ip:",
-        ),
-        (
-            "network",
-            r"nf_conntrack.*full|neighbour.*overflow|link is down|nic link is down|netdev watchdog|transmit queue .* timed out"
-            r"|syn flooding|too many orphaned|tcp: out of memory|carrier lost|bond.*(?:link status definitely down|now running without)",
-        ),
-    )
+    (topic, re.compile("|".join(patterns), re.IGNORECASE)) for topic, patterns in _WORDING
 )
 
 
@@ -370,14 +390,15 @@ KERNEL_MESSAGES = Observer(
         "groups_left_out": "groups not listed",
     },
     first=_messages_first,
-    further=lambda readings, parameters: kernel_further(readings),
+    further=lambda readings, _parameters: kernel_further(readings),
     read=_messages_read,
 )
 
 
 # --- oom_kills ------------------------------------------------------------------------------------------------------
 
-# "Out of memory: Killed process 4711 (java) total-vm:…, anon-rss:8143212kB, …"; before 5.0 "Kill process … or sacrifice child".
+# "Out of memory: Killed process 4711 (java) total-vm:…, anon-rss:8143212kB, …"; before 5.0 "Kill process … or
+# sacrifice child" came first.
 _KILLED = re.compile(r"Kill(?:ed)? process ([0-9]{1,10}) \(([^)]{0,64})\)(?:.*?anon-rss:([0-9]{1,15})kB)?")
 
 
@@ -457,6 +478,6 @@ OOM_KILLS = Observer(
         "processes": ["name"],
     },
     first=_oom_first,
-    further=lambda readings, parameters: kernel_further(readings),
+    further=lambda readings, _parameters: kernel_further(readings),
     read=_oom_read,
 )

@@ -19,7 +19,7 @@ _UNLIMITED = 1 << 60
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
-def _memory_first(parameters: Parameters) -> Sequence[Probe]:
+def _memory_first(_parameters: Parameters) -> Sequence[Probe]:
     return [
         file("meminfo", "/proc/meminfo"),
         file("limit", "/sys/fs/cgroup/memory.max", optional=True),
@@ -29,7 +29,7 @@ def _memory_first(parameters: Parameters) -> Sequence[Probe]:
     ]
 
 
-def _memory_read(readings: Readings, parameters: Parameters) -> JsonObject:
+def _memory_read(readings: Readings, _parameters: Parameters) -> JsonObject:
     values: Dict[str, int] = {}
     for name, text in keyed(readings.lines("meminfo"), ":").items():
         words = text.split()
@@ -98,7 +98,7 @@ MEMORY = Observer(
 _RESOURCES = ("cpu", "memory", "io")
 
 
-def _load_first(parameters: Parameters) -> Sequence[Probe]:
+def _load_first(_parameters: Parameters) -> Sequence[Probe]:
     return [
         file("loadavg", "/proc/loadavg"),
         file("online", "/sys/devices/system/cpu/online", optional=True),
@@ -122,7 +122,7 @@ def _pressure(lines: Optional[List[str]]) -> Optional[JsonObject]:
     return {name: found.get(name) for name in names}
 
 
-def _load_read(readings: Readings, parameters: Parameters) -> JsonObject:
+def _load_read(readings: Readings, _parameters: Parameters) -> JsonObject:
     words = (readings.first_line("loadavg") or "").split()
     averages = [number(word) for word in words[:3]] if len(words) >= 5 else [None, None, None]
     running, _, total = words[3].partition("/") if len(words) >= 5 else ("", "", "")
@@ -191,7 +191,7 @@ def _top_first(parameters: Parameters) -> Sequence[Probe]:
     return probes
 
 
-def _top_further(readings: Readings, parameters: Parameters) -> Sequence[Probe]:
+def _top_further(readings: Readings, _parameters: Parameters) -> Sequence[Probe]:
     more: List[Probe] = []
     if readings.lines("ps-unit") is None:
         more.append(command("ps-plain", "ps", "-o", "pid,ppid,user,stat,rss,comm", output_bytes=524288))
@@ -355,7 +355,7 @@ TOP_PROCESSES = Observer(
 # --- kernel_limits --------------------------------------------------------------------------------------------------
 
 
-def _limits_first(parameters: Parameters) -> Sequence[Probe]:
+def _limits_first(_parameters: Parameters) -> Sequence[Probe]:
     return [
         file("files", "/proc/sys/fs/file-nr"),
         file("loadavg", "/proc/loadavg"),
@@ -366,7 +366,7 @@ def _limits_first(parameters: Parameters) -> Sequence[Probe]:
     ]
 
 
-def _limits_read(readings: Readings, parameters: Parameters) -> JsonObject:
+def _limits_read(readings: Readings, _parameters: Parameters) -> JsonObject:
     files = [integer(word) for word in (readings.first_line("files") or "").split()]
     opened, most = (files[0], files[2]) if len(files) == 3 else (None, None)
     words = (readings.first_line("loadavg") or "").split()

@@ -39,11 +39,11 @@ def _scope(address: str) -> str:
 # --- listening_sockets ----------------------------------------------------------------------------------------------
 
 
-def _sockets_first(parameters: Parameters) -> Sequence[Probe]:
+def _sockets_first(_parameters: Parameters) -> Sequence[Probe]:
     return [command("ss", "ss", "-H", "-l", "-n", "-t", "-u", "-p", "-e", output_bytes=262144)]
 
 
-def _sockets_further(readings: Readings, parameters: Parameters) -> Sequence[Probe]:
+def _sockets_further(readings: Readings, _parameters: Parameters) -> Sequence[Probe]:
     if readings.lines("ss") is not None:
         return []
     return [
@@ -126,7 +126,7 @@ def _proc_row(protocol: str, line: str) -> Optional[JsonObject]:
     }
 
 
-def _sockets_read(readings: Readings, parameters: Parameters) -> JsonObject:
+def _sockets_read(readings: Readings, _parameters: Parameters) -> JsonObject:
     lines = readings.lines("ss")
     observed = lines is not None
     rows = [row for row in map(_ss_row, lines or ()) if row is not None]
@@ -180,7 +180,7 @@ LISTENING_SOCKETS = Observer(
 # --- interfaces -----------------------------------------------------------------------------------------------------
 
 
-def _interfaces_first(parameters: Parameters) -> Sequence[Probe]:
+def _interfaces_first(_parameters: Parameters) -> Sequence[Probe]:
     return [
         command("ip", "ip", "-j", "-s", "address", "show", output_bytes=524288),
         file("dev", "/proc/self/net/dev"),
@@ -203,7 +203,7 @@ def _dev_rows(lines: Optional[Sequence[str]]) -> Dict[str, List[int]]:
     return {name: counters for name, counters in rows.items() if len(counters) == 16}
 
 
-def _interfaces_further(readings: Readings, parameters: Parameters) -> Sequence[Probe]:
+def _interfaces_further(readings: Readings, _parameters: Parameters) -> Sequence[Probe]:
     shown = [string(item.get("ifname")) or "" for item in _ip_objects(readings, "ip")]
     names = [
         name for name in shown or list(_dev_rows(readings.lines("dev"))) if _INTERFACE.fullmatch(name) and name != "lo"
@@ -251,7 +251,7 @@ def _interface_kind(name: str, item: JsonObject, physical: bool) -> str:
     return "physical" if physical else "virtual"
 
 
-def _interfaces_read(readings: Readings, parameters: Parameters) -> JsonObject:
+def _interfaces_read(readings: Readings, _parameters: Parameters) -> JsonObject:
     dev = _dev_rows(readings.lines("dev"))
     shown = {str(item["ifname"]): item for item in _ip_objects(readings, "ip") if isinstance(item.get("ifname"), str)}
     observed = bool(shown) or readings.lines("dev") is not None
@@ -376,7 +376,7 @@ INTERFACES = Observer(
 # --- routes ---------------------------------------------------------------------------------------------------------
 
 
-def _routes_first(parameters: Parameters) -> Sequence[Probe]:
+def _routes_first(_parameters: Parameters) -> Sequence[Probe]:
     return [
         command("ip4", "ip", "-j", "route", "show", output_bytes=262144),
         command("ip6", "ip", "-j", "-6", "route", "show", output_bytes=262144),
@@ -384,7 +384,7 @@ def _routes_first(parameters: Parameters) -> Sequence[Probe]:
     ]
 
 
-def _routes_further(readings: Readings, parameters: Parameters) -> Sequence[Probe]:
+def _routes_further(readings: Readings, _parameters: Parameters) -> Sequence[Probe]:
     more: List[Probe] = []
     if document(readings.text("ip4") or "[]" if not readings.problem("ip4") else None) is None:
         more.append(file("route", "/proc/self/net/route", output_bytes=262144))
@@ -479,7 +479,7 @@ def _proc_routes6(lines: Optional[Sequence[str]]) -> List[JsonObject]:
     return rows
 
 
-def _routes_read(readings: Readings, parameters: Parameters) -> JsonObject:
+def _routes_read(readings: Readings, _parameters: Parameters) -> JsonObject:
     rows = _ip_routes(readings, "ip4", "ipv4") + _ip_routes(readings, "ip6", "ipv6")
     rows += _proc_routes(readings.lines("route")) + _proc_routes6(readings.lines("route6"))
     asked4 = isinstance(document(readings.text("ip4") or ("" if readings.problem("ip4") else "[]")), list)
@@ -539,7 +539,7 @@ ROUTES = Observer(
 # --- name_resolution ------------------------------------------------------------------------------------------------
 
 
-def _names_first(parameters: Parameters) -> Sequence[Probe]:
+def _names_first(_parameters: Parameters) -> Sequence[Probe]:
     return [
         file("resolv", "/etc/resolv.conf"),
         file("nsswitch", "/etc/nsswitch.conf", optional=True),
@@ -646,7 +646,7 @@ NAME_RESOLUTION = Observer(
 # --- tcp_health -----------------------------------------------------------------------------------------------------
 
 
-def _tcp_first(parameters: Parameters) -> Sequence[Probe]:
+def _tcp_first(_parameters: Parameters) -> Sequence[Probe]:
     return [
         file("snmp", "/proc/self/net/snmp"),
         file("netstat", "/proc/self/net/netstat", optional=True),
@@ -658,7 +658,7 @@ def _protocol_counters(lines: Optional[Sequence[str]]) -> Dict[str, int]:
     """``Tcp.RetransSegs`` and so on from the pairs of lines of ``/proc/net/snmp`` and ``netstat``."""
     found: Dict[str, int] = {}
     rows = list(lines or ())
-    for names, values in zip(rows, rows[1:]):
+    for names, values in zip(rows, rows[1:]):  # noqa: RUF007 - Python 3.9 has no pairwise
         head, _, keys = names.partition(":")
         again, _, figures = values.partition(":")
         words, numbers = keys.split(), figures.split()
@@ -671,7 +671,7 @@ def _protocol_counters(lines: Optional[Sequence[str]]) -> Dict[str, int]:
     return found
 
 
-def _tcp_read(readings: Readings, parameters: Parameters) -> JsonObject:
+def _tcp_read(readings: Readings, _parameters: Parameters) -> JsonObject:
     counters = _protocol_counters(readings.lines("snmp"))
     counters.update(_protocol_counters(readings.lines("netstat")))
     sockets: Dict[str, int] = {}

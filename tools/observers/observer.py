@@ -13,7 +13,7 @@ into plain JSON. Neither raises on anything a machine may answer. The one that c
         probes = observer.next_probes(results, parameters)
     data = observer.parse(results, parameters)
 
-``results`` is flat, in the order the probes were asked for; a probe that was refused is a ``StepResult`` with ``error``.
+``results`` is flat, in the order of asking; a probe that was refused is a ``StepResult`` with ``error``.
 Every ``data`` holds ``unavailable`` (list of ``{probe, reason}``) and ``cut`` (whether some output was shortened); a
 field that could not be observed is ``null``, never an empty list or a zero.
 """
@@ -175,11 +175,11 @@ _CHECKS: Dict[str, Callable[[Parameter, Any], Any]] = {
 
 _SCHEMAS: Dict[str, Callable[[Parameter], JsonObject]] = {
     "integer": lambda p: {"type": "integer", "minimum": p.minimum, "maximum": p.maximum},
-    "boolean": lambda p: {"type": "boolean"},
+    "boolean": lambda _p: {"type": "boolean"},
     "choice": lambda p: {"type": "string", "enum": list(p.choices)},
-    "unit": lambda p: {"type": "string", "pattern": "^%s$" % _UNIT.pattern},
-    "host": lambda p: {"type": "string", "pattern": "^%s$" % _HOST.pattern, "maxLength": 253},
-    "duration": lambda p: {"type": "string", "pattern": "^%s$" % _DURATION.pattern},
+    "unit": lambda _p: {"type": "string", "pattern": "^%s$" % _UNIT.pattern},
+    "host": lambda _p: {"type": "string", "pattern": "^%s$" % _HOST.pattern, "maxLength": 253},
+    "duration": lambda _p: {"type": "string", "pattern": "^%s$" % _DURATION.pattern},
     "paths": lambda p: {
         "type": "array",
         "minItems": 1,
@@ -194,8 +194,8 @@ class Probe:
     """One command to run or one file to read.
 
     ``name`` is what the observer calls it (unique in an observation). Exactly one of ``argv`` (first word a plain
-    command name that the policy resolves) and ``path`` (absolute) is given. ``optional``: not being there (no such file,
-    no such command) is ordinary and not reported; being refused or denied still is. ``ok_statuses``: exit statuses that
+    command name that the policy resolves) and ``path`` (absolute) is given. ``optional``: not being there (no such
+    file, no such command) is ordinary and not reported; being refused or denied still is. ``ok_statuses``: exit statuses that
     mean the command did its work. ``partial``: what was printed counts although the status is none of those
     (``df`` with one unreadable mount); the reason is reported beside it. ``output_bytes``: how much output is useful.
     """
@@ -321,7 +321,7 @@ class Readings:
         return {"unavailable": unavailable, "cut": cut}
 
 
-def _is_missing(probe: Probe, result: StepResult) -> bool:
+def _is_missing(_probe: Probe, result: StepResult) -> bool:
     if result.ok or result.timed_out:
         return False
     return result.exit_status == 127 or bool(_MISSING.search(result.error or result.stderr[:2000]))

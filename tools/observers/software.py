@@ -43,7 +43,7 @@ def family(release: Dict[str, str]) -> str:
 # --- os -------------------------------------------------------------------------------------------------------------
 
 
-def _os_first(parameters: Parameters) -> Sequence[Probe]:
+def _os_first(_parameters: Parameters) -> Sequence[Probe]:
     kernel = "/proc/sys/kernel/"
     return [
         *_RELEASE,
@@ -68,7 +68,7 @@ def _os_first(parameters: Parameters) -> Sequence[Probe]:
 _TAINTS = {4: "machine check", 5: "bad page", 7: "oops", 9: "warning", 14: "soft lockup"}
 
 
-def _os_read(readings: Readings, parameters: Parameters) -> JsonObject:
+def _os_read(readings: Readings, _parameters: Parameters) -> JsonObject:
     release = _release(readings)
 
     def line(name: str) -> Optional[str]:
@@ -133,7 +133,7 @@ OS = Observer(
 # --- pending_reboot -------------------------------------------------------------------------------------------------
 
 
-def _reboot_first(parameters: Parameters) -> Sequence[Probe]:
+def _reboot_first(_parameters: Parameters) -> Sequence[Probe]:
     return [
         *_RELEASE,
         file("kernel", "/proc/sys/kernel/osrelease"),
@@ -144,7 +144,7 @@ def _reboot_first(parameters: Parameters) -> Sequence[Probe]:
     ]
 
 
-def _reboot_further(readings: Readings, parameters: Parameters) -> Sequence[Probe]:
+def _reboot_further(readings: Readings, _parameters: Parameters) -> Sequence[Probe]:
     if family(_release(readings)) == "redhat":
         return [command("needs", "needs-restarting", "-r", ok_statuses=(0, 1), optional=True)]
     if family(_release(readings)) == "suse":
@@ -183,7 +183,7 @@ def _newest_kernel(running: Optional[str], lines: Optional[Sequence[str]]) -> Op
     return best
 
 
-def _reboot_read(readings: Readings, parameters: Parameters) -> JsonObject:
+def _reboot_read(readings: Readings, _parameters: Parameters) -> JsonObject:
     running = readings.first_line("kernel")
     modules = readings.lines("modules")
     newest = _newest_kernel(running, modules)
@@ -250,11 +250,11 @@ PENDING_REBOOT = Observer(
 # --- updates --------------------------------------------------------------------------------------------------------
 
 
-def _updates_first(parameters: Parameters) -> Sequence[Probe]:
+def _updates_first(_parameters: Parameters) -> Sequence[Probe]:
     return [*_RELEASE, command("now", "date", "+%s")]
 
 
-def _updates_further(readings: Readings, parameters: Parameters) -> Sequence[Probe]:
+def _updates_further(readings: Readings, _parameters: Parameters) -> Sequence[Probe]:
     group = family(_release(readings))
     if group == "debian":
         return [
@@ -376,7 +376,7 @@ def _apk(lines: Sequence[str]) -> List[JsonObject]:
     return [_package(m.group(1), m.group(2), m.group(5), "", None) for m in found if m]
 
 
-def _updates_read(readings: Readings, parameters: Parameters) -> JsonObject:
+def _updates_read(readings: Readings, _parameters: Parameters) -> JsonObject:
     group = family(_release(readings))
     name = "yum" if "yum" in readings else "list"
     lines = readings.lines(name)

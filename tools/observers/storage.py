@@ -17,10 +17,54 @@ from tools.values import JsonObject
 IMAGES = frozenset(["squashfs", "iso9660", "udf", "erofs", "cramfs", "romfs", "fuse.snapfuse", "fuse.squashfuse"])
 MEMORY = frozenset(["tmpfs", "ramfs", "devtmpfs", "hugetlbfs"])
 REMOTE = frozenset(
-    ["nfs", "nfs3", "nfs4", "cifs", "smb3", "smbfs", "ceph", "9p", "virtiofs", "glusterfs", "fuse.glusterfs", "fuse.sshfs", "fuse.s3fs", "fuse.rclone", "lustre", "beegfs", "gpfs", "afs", "ncpfs", "fuse.ceph", "ocfs2", "gfs2"]
+    [
+        "nfs",
+        "nfs3",
+        "nfs4",
+        "cifs",
+        "smb3",
+        "smbfs",
+        "ceph",
+        "9p",
+        "virtiofs",
+        "glusterfs",
+        "fuse.glusterfs",
+        "fuse.sshfs",
+        "fuse.s3fs",
+        "fuse.rclone",
+        "lustre",
+        "beegfs",
+        "gpfs",
+        "afs",
+        "ncpfs",
+        "fuse.ceph",
+        "ocfs2",
+        "gfs2",
+    ]
 )
 DISKS = frozenset(
-    ["ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "jfs", "reiserfs", "bcachefs", "vfat", "exfat", "ntfs", "ntfs3", "fuseblk", "nilfs2", "minix", "hfsplus", "vboxsf", "fuse.mergerfs"]
+    [
+        "ext2",
+        "ext3",
+        "ext4",
+        "xfs",
+        "btrfs",
+        "zfs",
+        "f2fs",
+        "jfs",
+        "reiserfs",
+        "bcachefs",
+        "vfat",
+        "exfat",
+        "ntfs",
+        "ntfs3",
+        "fuseblk",
+        "nilfs2",
+        "minix",
+        "hfsplus",
+        "vboxsf",
+        "fuse.mergerfs",
+    ]
 )
 
 
@@ -54,7 +98,7 @@ def _space_first(parameters: Parameters) -> Sequence[Probe]:
     ]
 
 
-def _space_further(readings: Readings, parameters: Parameters) -> Sequence[Probe]:
+def _space_further(readings: Readings, _parameters: Parameters) -> Sequence[Probe]:
     # busybox has no -l, and counts inodes only where it was built to.
     more: List[Probe] = []
     if not _df_rows(readings.lines("blocks")):
@@ -88,7 +132,7 @@ def _df_rows(lines: Optional[Sequence[str]]) -> List[_Row]:
     return rows
 
 
-def _space_read(readings: Readings, parameters: Parameters) -> JsonObject:
+def _space_read(readings: Readings, _parameters: Parameters) -> JsonObject:
     found = _df_rows(readings.lines("blocks")) or _df_rows(readings.lines("blocks-plain"))
     counted = _df_rows(readings.lines("inodes")) or _df_rows(readings.lines("inodes-plain"))
     inodes: Dict[str, _Row] = {row[5]: row for row in counted}
@@ -134,10 +178,10 @@ def _mark_views(rows: Sequence[JsonObject]) -> None:
     for at, row in enumerate(rows):
         for earlier in rows[:at]:
             same = all(earlier[name] == row[name] for name in ("size_bytes", "used_bytes", "available_bytes"))
-            if row["class"] == earlier["class"] == "disk" and same:
-                if earlier["source"] == row["source"] or earlier["kind"] == "overlay":
-                    row["class"] = "view"
-                    break
+            shared = earlier["source"] == row["source"] or earlier["kind"] == "overlay"
+            if same and shared and row["class"] == earlier["class"] == "disk":
+                row["class"] = "view"
+                break
 
 
 _FILESYSTEM = {
@@ -172,14 +216,14 @@ DISK_SPACE = Observer(
 # --- mounts ---------------------------------------------------------------------------------------------------------
 
 
-def _mounts_first(parameters: Parameters) -> Sequence[Probe]:
+def _mounts_first(_parameters: Parameters) -> Sequence[Probe]:
     return [
         file("table", "/proc/self/mountinfo", output_bytes=262144),
         file("fstab", "/etc/fstab", optional=True),
     ]
 
 
-def _mounts_further(readings: Readings, parameters: Parameters) -> Sequence[Probe]:
+def _mounts_further(readings: Readings, _parameters: Parameters) -> Sequence[Probe]:
     if readings.lines("table"):
         return []
     return [
@@ -229,7 +273,7 @@ def _fstab_rows(lines: Optional[Sequence[str]]) -> List[_Mount]:
     return rows
 
 
-def _mounts_read(readings: Readings, parameters: Parameters) -> JsonObject:
+def _mounts_read(readings: Readings, _parameters: Parameters) -> JsonObject:
     found = _mountinfo_rows(readings.lines("table")) or _findmnt_rows(readings.lines("findmnt"))
     declared = _fstab_rows(readings.lines("fstab"))
     wanted = {row[0]: row for row in declared}
@@ -311,16 +355,16 @@ MOUNTS = Observer(
 _LSBLK = "NAME,KNAME,PKNAME,TYPE,SIZE,RO,RM,ROTA,MODEL,FSTYPE,MOUNTPOINT,STATE"
 
 
-def _devices_first(parameters: Parameters) -> Sequence[Probe]:
+def _devices_first(_parameters: Parameters) -> Sequence[Probe]:
     # -P, not -J: one line a device, so a cut listing still gives whole rows.
     return [command("lsblk", "lsblk", "-P", "-b", "-o", _LSBLK, output_bytes=262144)]
 
 
-def _devices_further(readings: Readings, parameters: Parameters) -> Sequence[Probe]:
+def _devices_further(readings: Readings, _parameters: Parameters) -> Sequence[Probe]:
     return [] if readings.lines("lsblk") else [file("partitions", "/proc/partitions")]
 
 
-def _devices_read(readings: Readings, parameters: Parameters) -> JsonObject:
+def _devices_read(readings: Readings, _parameters: Parameters) -> JsonObject:
     rows: Dict[str, JsonObject] = {}
     for line in readings.lines("lsblk") or ():
         row = pairs(line)

@@ -20,7 +20,7 @@ _UNIT_NAME = re.compile(r"[A-Za-z0-9:_.\\@][A-Za-z0-9:_.\\@-]{0,254}\.[a-z]{4,9}
 _NO_LIMIT = 1 << 63
 
 
-def _failed_first(parameters: Parameters) -> Sequence[Probe]:
+def _failed_first(_parameters: Parameters) -> Sequence[Probe]:
     return [
         # One word; every status is an answer (1 says degraded).
         command("state", "systemctl", "is-system-running", ok_statuses=(0, 1, 3, 4), optional=True),
@@ -53,10 +53,10 @@ def _failed_rows(lines: Optional[Sequence[str]]) -> List[Dict[str, str]]:
     return rows
 
 
-_DETAILS = "Id,Result,ExecMainCode,ExecMainStatus,NRestarts,InactiveEnterTimestampMonotonic,StateChangeTimestampMonotonic,FragmentPath"
+_DETAILS = "Id,Result,ExecMainStatus,NRestarts,StateChangeTimestampMonotonic,FragmentPath"
 
 
-def _failed_further(readings: Readings, parameters: Parameters) -> Sequence[Probe]:
+def _failed_further(readings: Readings, _parameters: Parameters) -> Sequence[Probe]:
     names = [row["unit"] for row in _failed_rows(readings.lines("failed"))][:DETAILED_UNITS]
     if not names:
         return []
@@ -94,7 +94,7 @@ def _state(readings: Readings) -> Optional[str]:
     return word if word in known else None
 
 
-def _failed_read(readings: Readings, parameters: Parameters) -> JsonObject:
+def _failed_read(readings: Readings, _parameters: Parameters) -> JsonObject:
     lines = readings.lines("failed")
     details = _blocks(readings.text("details"))
     uptime = _uptime(readings)
