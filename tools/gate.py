@@ -441,8 +441,8 @@ def _expand(words: Sequence[str], globs: Sequence[int], sight: _Sight, limit: in
                 check_characters(path, position)
         # A glob asks for what may be seen: secrets among its matches are left out, as they would not be readable.
         shown = [path for path in found if path.startswith("/") and not sight.rules.secret(path)]
-        if found and not shown:
-            raise Refusal("all that %.80r matches is secret" % word, "ask the operator")
+        if (found and not shown) or (not found and sight.rules.aims_at_secret(normal)):
+            raise Refusal("what %.80r matches is secret" % word, "ask the operator")
         out.extend(shown or [normal])
     return out
 

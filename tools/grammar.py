@@ -52,14 +52,19 @@ class Item:
 @dataclasses.dataclass
 class Parsed:
     """The words of one process, read. ``items`` in the order asked; ``commands``: the chain from the binary's own
-    command to the sub-command; ``command_at``: number of items up to and including the last sub-command word; ``used``:
-    every option that stands, under the name it was written with; ``tree``: whether one of them reads whole trees."""
+    command to the sub-command; ``command_at``: number of items up to and including the last sub-command word; ``uses``:
+    for each command of the chain the options that stand, under the names they were written with (one and the same dict
+    where one parser reads them all)."""
 
     items: List[Item]
     commands: List[Command]
     command_at: int
-    used: Dict[str, Option]
-    tree: bool
+    uses: List[Dict[str, Option]]
+
+    @property
+    def tree(self) -> bool:
+        """Whether an option makes the binary read whole directories."""
+        return any(option.tree for used in self.uses for option in used.values())
 
     @property
     def command_names(self) -> Tuple[str, ...]:
@@ -72,7 +77,7 @@ def parse(command: Command, words: Sequence[str], program: str) -> Parsed:
 
     Raises ``Refusal`` for an unknown or abbreviated option, a missing or superfluous value, a word too many or too few.
     """
-    parsed = Parsed([], [command], 0, {}, False)
+    parsed = Parsed([], [command], 0, [{}])
     _Reading(parsed, program).read(command, list(words))
     return parsed
 
@@ -82,8 +87,20 @@ class _Reading:
         self.parsed = parsed
         self.program = program
         self.counts: Dict[int, int] = {}
-        # One entry per option that stood, with the command whose table it was found in.
         self.positional_items: List[Item] = []
+        # Where in the chain the command stands whose parser is at work.
+        self.level = 0
+        # The values of options read by this parser, with the name each was given under.
+        self.values: List[Tuple[Item, str]] = []
+
+    @property
+    def used(self) -> Dict[str, Option]:
+        return self.parsed.uses[-1]
+
+    def _given(self, prefix: str, value: str, option: Option, name: str) -> None:
+        item = Item(prefix, value, option.kind, name)
+        self.parsed.items.append(item)
+        self.values.append((item, name))
 
     def read(self, command: Command, words: List[str]) -> None:
         if command.style in _ONE_WORD_STYLES:
@@ -94,8 +111,11 @@ class _Reading:
             following, remaining = rest
             self._finish(command)
             self.parsed.commands.append(following)
+            self.parsed.uses.append({})
             self.program = "%s %s" % (self.program, following.names[0])
+            self.level = len(self.parsed.commands) - 1
             self.counts = {}
+            self.values = []
             self.read(following, remaining)
             return
         if command.commands:
@@ -141,11 +161,11 @@ class _Reading:
         takes = option.takes
         if equals:
             if takes == NONE:
-                if command.style == PFLAG and value in ("true", "false"):
+                if command.style == PFLAG and value == "true":
                     self.parsed.items.append(Item(word))
                     return position
                 raise Refusal("%s: option %s takes no value, got %.80r" % (self.program, name, value), "send %s alone" % name)
-            self.parsed.items.append(Item(name + "=", value, option.kind, name))
+            self._given(name + "=", value, option, name)
             return position
         self.parsed.items.append(Item(word))
         return self._value(option, name, words, position)
@@ -159,7 +179,7 @@ class _Reading:
         digits = table.get("-#")
         if digits is not None and word[1:].isdigit() and word.isascii():
             self._use("-#", digits)
-            self.parsed.items.append(Item("-", word[1:], digits.kind, "-NUMBER"))
+            self._given("-", word[1:], digits, "-#")
             return position
         for at in range(1, len(word)):
             name = "-" + word[at]
@@ -180,7 +200,7 @@ class _Reading:
                 )
             if command.style == PFLAG and rest.startswith("="):
                 at, rest = at + 1, rest[1:]
-            self.parsed.items.append(Item(word[: at + 1], rest, option.kind, name))
+            self._given(word[: at + 1], rest, option, name)
             return position
         self.parsed.items.append(Item(word))
         return position
@@ -193,13 +213,13 @@ class _Reading:
         if takes == NEXT:
             # The binary tries the next word and leaves it alone if it does not fit; so do we.
             if position < len(words) and option.kind is not None and _fits(option.kind, words[position]):
-                self.parsed.items.append(Item("", words[position], option.kind, name))
+                self._given("", words[position], option, name)
                 return position + 1
             return position
         if position >= len(words):
             expected = option.kind.words if option.kind else "a value"
             raise Refusal("%s: option %s needs a value and none came" % (self.program, name), "expected %s" % expected)
-        self.parsed.items.append(Item("", words[position], option.kind, name))
+        self._given("", words[position], option, name)
         return position + 1
 
     def _exact(self, command: Command, option: Option, word: str, words: List[str], position: int) -> int:
@@ -264,22 +284,31 @@ class _Reading:
             item.prefix = item.value  # a word of the command's own: taken as it stands, nothing to check
             self.parsed.command_at = self.parsed.items.index(item) + 1
             self.parsed.commands.append(following)
+            self.parsed.uses.append(self.used)
             self.program = "%s %s" % (self.program, following.names[0])
             command = following
-        allowed = frozenset().union(*(step.own for step in self.parsed.commands))
-        for name in self.parsed.used:
+        used = self.used
+        chain = self.parsed.commands[self.level :]
+        allowed: Dict[str, Option] = {}
+        for step in chain:
+            allowed.update(step.own)
+        for name in used:
             if name not in allowed:
                 raise Refusal(
                     "%s: option %s does not belong to this sub-command" % (self.program, name),
                     "allowed are %s" % _some(allowed),
                 )
+            # Another sub-command may have an option of the same name for another kind of value.
+            used[name] = allowed[name]
+        for item, name in self.values:
+            item.kind = allowed[name].kind
         self._positionals(command)
-        for step in self.parsed.commands[1:]:
+        for step in chain[1:]:
             self._finish(step)
 
     def _positionals(self, command: Command) -> None:
         items = self.positional_items
-        used = self.parsed.used
+        used = self.used
         wanted = [p for p in command.positionals if not any(name in used for name in p.unless)]
         position = 0
         later = sum(p.minimum for p in wanted if not p.optional)
@@ -311,12 +340,10 @@ class _Reading:
         self.counts[key] = seen
         if seen > 1 and not option.repeat:
             raise Refusal("%s: option %s stands more than once" % (self.program, name), "send it once")
-        self.parsed.used[name] = option
-        if option.tree:
-            self.parsed.tree = True
+        self.used[name] = option
 
     def _finish(self, command: Command) -> None:
-        used = self.parsed.used
+        used = self.used
         for group in command.require:
             if not any(name in used for name in group):
                 raise Refusal(
@@ -398,8 +425,7 @@ def assemble(binary: str, parsed: Parsed, words: Sequence[str], added: Sequence[
     middle: List[str] = []
     last: List[str] = list(added)
     end: List[str] = []
-    used = parsed.used
-    for command in parsed.commands:
+    for command, used in zip(parsed.commands, parsed.uses):
         for always in command.always:
             if any(name in used for name in always.unless):
                 continue

@@ -154,6 +154,23 @@ class PathRules:
             self._below[path] = found
         return found
 
+    def aims_at_secret(self, pattern: str) -> bool:
+        """Whether a glob that matched nothing visible spells out a secret (``/etc/shado?``, ``/etc/shad*``).
+
+        Broad globs that would merely meet one (``/etc/*``, ``/etc/*.d``) do not count: what they match is filtered.
+        """
+        last = posixpath.basename(pattern)
+        if not any(mark in last for mark in "*?["):
+            return False
+        regex = re.compile(glob_regex(pattern), re.DOTALL)
+        beginning = re.split(r"[*?\[]", last, maxsplit=1)[0]
+        ending = re.split(r"[*?\]]", last)[-1]
+        spelt = "*" not in last or len(beginning) >= 2 or (len(ending) >= 3 and ending[0] != ".")
+        return spelt and any(
+            regex.fullmatch(root.replace("*", "")) for root in (*self._plain_secrets, *self._glob_secrets)
+            if not root.startswith("/**")
+        )  # fmt: skip
+
     def root_of(self, path: str) -> Optional[str]:
         """The read root a normal path lies under, ``None`` if none; under /proc and /sys the kernel files decide."""
         if path.startswith(("/proc/", "/sys/")) or path in ("/proc", "/sys"):

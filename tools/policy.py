@@ -254,9 +254,9 @@ class Command:
         return found
 
     @functools.cached_property
-    def own(self) -> FrozenSet[str]:
-        """The names of its own options only."""
-        return frozenset(name for option in self.options for name in option.names)
+    def own(self) -> Dict[str, Option]:
+        """Option name -> option, its own options only."""
+        return {name: option for option in self.options for name in option.names}
 
     @functools.cached_property
     def by_name(self) -> Dict[str, "Command"]:
@@ -582,14 +582,14 @@ def _check_command(reader: _Reader, command: Command) -> None:
     if command.style in (GNU, PFLAG):
         # One parser reads the options of all sub-commands: what takes a value in one takes a value in all.
         for inner_position, inner in enumerate(command.commands):
-            for option in inner.options:
-                for name in option.names:
-                    if command.table[name].takes != option.takes:
-                        raise PolicyError(
-                            (*reader.path, "commands", inner_position, "options"),
-                            "option %r takes %r here and %r elsewhere, but in style %r one parser reads all options"
-                            % (name, option.takes, command.table[name].takes, command.style),
-                        )
+            for name, option in inner.table.items():
+                known_option = command.table[name]
+                if known_option.takes != option.takes or (NEXT == option.takes and option.kind != known_option.kind):
+                    raise PolicyError(
+                        (*reader.path, "commands", inner_position, "options"),
+                        "option %r takes %r here and %r elsewhere, but in style %r one parser reads all options"
+                        % (name, option.takes, known_option.takes, command.style),
+                    )
     known = set(command.table)
     for field, groups in (("require", command.require), ("conflicts", command.conflicts)):
         for position, group in enumerate(groups):

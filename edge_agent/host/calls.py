@@ -43,6 +43,9 @@ from tools.values import (
 # What stands of a call's arguments in the journal, bytes; longer ones are named by their digest.
 ARGUMENTS_BYTES = 8192
 
+# An observer asks many small questions; one that hangs (a bus nobody answers on) must not hold up the rest, seconds.
+PROBE_S = 8.0
+
 Tell = Callable[[JsonObject], None]
 
 
@@ -278,7 +281,9 @@ class Calls:
 def _with_output(step: Step, output_bytes: int) -> Step:
     if step.file is not None:
         return dataclasses.replace(step, file=dataclasses.replace(step.file, length=output_bytes))
-    stages: Tuple[Stage, ...] = tuple(dataclasses.replace(stage, output_bytes=output_bytes) for stage in step.stages)
+    stages: Tuple[Stage, ...] = tuple(
+        dataclasses.replace(stage, output_bytes=output_bytes, timeout_s=min(stage.timeout_s, PROBE_S)) for stage in step.stages
+    )
     return dataclasses.replace(step, stages=stages)
 
 

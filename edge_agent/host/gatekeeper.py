@@ -378,7 +378,7 @@ def _clear(run_dir: str) -> None:
     """Remove what a past run left in the run directory: sockets, the lease, the task."""
     for directory in (run_dir, os.path.join(run_dir, "worker")):
         for name in os.listdir(directory):
-            if name in ("broker.sock", "lease.json", "a2a.sock", "tools.sock", "inference.sock", "task.json"):
+            if name in ("broker.sock", "lease.json", "a2a.sock", "tools.sock", "inference.sock", "task.json", "pause-was-there"):
                 os.unlink(os.path.join(directory, name))
 
 

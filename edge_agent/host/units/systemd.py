@@ -15,6 +15,7 @@ from edge_agent.host.units import ACTIVE, CHANGING, INACTIVE, Process, UnitManag
 
 AGENT = "chargehand-agent.service"
 BROKER = "chargehand-broker.service"
+PAUSE = "podman-pause-*.scope"
 SYSTEMCTL = "/usr/bin/systemctl"
 # One question to the user manager; it answers in milliseconds or is broken.
 QUESTION_S = 15.0
@@ -30,6 +31,10 @@ def user_environment() -> Dict[str, str]:
         "XDG_RUNTIME_DIR": runtime,
         "DBUS_SESSION_BUS_ADDRESS": "unix:path=%s/bus" % runtime,
     }
+
+
+def _pause_note() -> str:
+    return "/run/user/%d/chargehand/pause-was-there" % os.getuid()
 
 
 class SystemdUnits(UnitManager):
@@ -75,11 +80,23 @@ class SystemdUnits(UnitManager):
         return units
 
     def start(self, deadline_s: float) -> None:
+        if self._pauses():
+            # Somebody else's containers hold it (an account that is shared, `edge install --user`): it stays.
+            with open(_pause_note(), "w", encoding="ascii"):
+                pass
         self._systemctl(["start", AGENT], deadline_s)
 
     def stop(self, deadline_s: float) -> None:
         self._systemctl(["stop", AGENT, BROKER], deadline_s, check=False)
+        if not os.path.exists(_pause_note()):
+            # Rootless podman leaves a process behind that holds its user namespace open. It came with the run, so it
+            # goes with it (safety.md, "Inert until activated", 1): after the units, whose own podman would bring it back.
+            self._systemctl(["stop", PAUSE], QUESTION_S, check=False)
         self._systemctl(["reset-failed", AGENT, BROKER], QUESTION_S, check=False)
+
+    def _pauses(self) -> bool:
+        listed = self._systemctl(["list-units", "--no-legend", "--plain", PAUSE], QUESTION_S, check=False)
+        return bool(listed.strip())
 
     def state(self) -> str:
         states = {fields.get("ActiveState", "") for fields in self._show().values()}
