@@ -49,21 +49,16 @@ _READ = (
     "Read a part of one text file by its absolute path. Only regular files under the read roots: %s. Secrets are never "
     "readable. At most %d bytes a call; use offset to go on."
 )
-_WRITE = (
-    "Propose the whole new content of one text file under the write roots: %s. Nothing is written until a person approves."
-)
+_WRITE = "Propose the whole new content of one text file under the write roots: %s. Nothing is written until a person approves."
 
 
-def catalogue(
-    policy: Policy, observers: Mapping[str, Offered], programs: bool = True
-) -> Tuple[Tool, ...]:
+def catalogue(policy: Policy, observers: Mapping[str, Offered], programs: bool = True) -> Tuple[Tool, ...]:
     """The tools for one policy: observers first (by name), then ``read``, ``exec`` and, if there are write roots, ``write``.
 
     ``observers``: name -> observer. ``programs``: whether to name the policy's programs in the description of ``exec``.
     """
     found: List[Tool] = [
-        Tool(observer.name, observer.summary, observer.schema())
-        for _, observer in sorted(observers.items())
+        Tool(observer.name, observer.summary, observer.schema()) for _, observer in sorted(observers.items())
     ]
     limits = policy.limits
     found.append(

@@ -117,9 +117,7 @@ class _Reader:
 
     def _first(self, word: str) -> None:
         if _ASSIGNMENT.match(word):
-            raise Refusal(
-                "%.80r would set a variable" % word, "leave it out: the environment is fixed by the policy"
-            )
+            raise Refusal("%.80r would set a variable" % word, "leave it out: the environment is fixed by the policy")
         if word in _RESERVED:
             raise Refusal("%r is a word of the shell, and there is no shell" % word, "send plain commands, one a call")
 
@@ -164,9 +162,9 @@ class _Reader:
                 out.append(text[self.at + 1])
                 quoted = quoted or out[-1] in _GLOB
                 self.at += 2
-            elif character == "#" and self.at == start:
-                self._refuse(character)
-            elif character == "~" and (self.at == start or text[self.at - 1] in "=:"):
+            elif (character == "#" and self.at == start) or (
+                character == "~" and (self.at == start or text[self.at - 1] in "=:")
+            ):
                 self._refuse(character)
             elif character in "#~":
                 out.append(character)
@@ -184,7 +182,8 @@ class _Reader:
         return word, glob
 
     def _double(self) -> str:
-        text, out = self.text, []
+        text = self.text
+        out: List[str] = []
         opened = self.at
         self.at += 1
         while self.at < len(text):

@@ -151,7 +151,9 @@ class _Sight:
             raise Refusal("path %.200r is not under %s" % (path, ", ".join(roots)), "name a file there")
         if tree:
             if real.startswith(("/proc", "/sys")):
-                raise Refusal("reading everything below %.200r would read the kernel's own files" % path, "name the files")
+                raise Refusal(
+                    "reading everything below %.200r would read the kernel's own files" % path, "name the files"
+                )
             self.trees.append(real)
         # A trailing slash says "the directory, not the link"; the resolved path needs none.
         return real
@@ -175,7 +177,9 @@ def _check_kernel_link(normal: str) -> None:
     ):
         raise PathRefused("path %.200r goes through a process's own links" % normal, "send the path it leads to")
     if normal.startswith("/dev/"):
-        raise PathRefused("path %.200r is a device" % normal, "devices are not read; use lsblk, smartctl or an observer")
+        raise PathRefused(
+            "path %.200r is a device" % normal, "devices are not read; use lsblk, smartctl or an observer"
+        )
 
 
 def decide(
@@ -350,7 +354,9 @@ def _stage(
     effect, reason = rule.effect, rule.reason
     for command in parsed.commands:
         if piped and command.first:
-            raise Refusal("%s may not stand behind a pipe: it would send on what it is given" % rule.name, "send it alone")
+            raise Refusal(
+                "%s may not stand behind a pipe: it would send on what it is given" % rule.name, "send it alone"
+            )
         effect = command.effect or effect
         reason = command.reason or reason
     granted = effect == OBSERVE or (
@@ -537,9 +543,7 @@ def _write(policy: Policy, arguments: Mapping[str, Any], host: HostView) -> Deci
 # --- observers ---
 
 
-def _observe(
-    policy: Policy, name: str, observer: Prober, arguments: Mapping[str, Any], host: HostView
-) -> Decision:
+def _observe(policy: Policy, name: str, observer: Prober, arguments: Mapping[str, Any], host: HostView) -> Decision:
     try:
         probes = observer.probes(arguments)
     except ValueError as error:
@@ -573,6 +577,16 @@ def summary(decision: Decision) -> Dict[str, Any]:
 
 
 __all__ = [
-    "ALLOW", "ASK", "DENY", "HostView", "LexicalHost", "NO_GRANTS", "ProbeLike", "Prober", "RunContext", "decide",
-    "decide_probe", "summary",
+    "ALLOW",
+    "ASK",
+    "DENY",
+    "NO_GRANTS",
+    "HostView",
+    "LexicalHost",
+    "ProbeLike",
+    "Prober",
+    "RunContext",
+    "decide",
+    "decide_probe",
+    "summary",
 ]  # fmt: skip

@@ -40,7 +40,7 @@ class Item:
 
     ``label`` is what a refusal calls it."""
 
-    __slots__ = ("prefix", "value", "kind", "label")
+    __slots__ = ("kind", "label", "prefix", "value")
 
     def __init__(self, prefix: str, value: str = "", kind: Optional[Kind] = None, label: str = "") -> None:
         self.prefix = prefix
@@ -103,10 +103,8 @@ class _Reading:
         self.values.append((item, name))
 
     def read(self, command: Command, words: List[str]) -> None:
-        if command.style in _ONE_WORD_STYLES:
-            rest = self._one_word(command, words)
-        else:
-            rest = self._getopt(command, words)
+        read = self._one_word if command.style in _ONE_WORD_STYLES else self._getopt
+        rest = read(command, words)
         if rest is not None:
             following, remaining = rest
             self._finish(command)
@@ -164,7 +162,9 @@ class _Reading:
                 if command.style == PFLAG and value == "true":
                     self.parsed.items.append(Item(word))
                     return position
-                raise Refusal("%s: option %s takes no value, got %.80r" % (self.program, name, value), "send %s alone" % name)
+                raise Refusal(
+                    "%s: option %s takes no value, got %.80r" % (self.program, name, value), "send %s alone" % name
+                )
             self._given(name + "=", value, option, name)
             return position
         self.parsed.items.append(Item(word))
@@ -361,8 +361,12 @@ class _Reading:
         known = command.refused.get(name)
         where = " (in %.80r)" % word if word and word != name else ""
         if known is not None:
-            return Refusal("%s: option %s%s is not allowed: %s" % (self.program, name, where, known), _near(command, name))
-        return Refusal("%s: option %.80r%s is not known to the policy" % (self.program, name, where), _near(command, name))
+            return Refusal(
+                "%s: option %s%s is not allowed: %s" % (self.program, name, where, known), _near(command, name)
+            )
+        return Refusal(
+            "%s: option %.80r%s is not known to the policy" % (self.program, name, where), _near(command, name)
+        )
 
     def _no_command(self, command: Command, word: str) -> Refusal:
         known = command.refused.get(word)
@@ -437,7 +441,9 @@ def assemble(binary: str, parsed: Parsed, words: Sequence[str], added: Sequence[
         return [binary, *words]
     at, rest = parsed.command_at, list(words[parsed.command_at :])
     if last:
-        literal = next((n for n, item in enumerate(parsed.items[at:]) if item.prefix == "--" and not item.kind), len(rest))
+        literal = next(
+            (n for n, item in enumerate(parsed.items[at:]) if item.prefix == "--" and not item.kind), len(rest)
+        )
         rest[literal:literal] = last
     return [binary, *front, *words[:at], *middle, *rest, *end]
 

@@ -100,7 +100,7 @@ def _matching(regex: str) -> Callable[[str], bool]:
 def _by_regex(words: str, regex: str) -> Tuple[str, Check]:
     compiled = re.compile(regex, re.ASCII)
 
-    def check(value: str, sight: Sight) -> str:
+    def check(value: str, _sight: Sight) -> str:
         if compiled.fullmatch(value) is None:
             raise Refusal("%.80r is not %s" % (value, words), "expected %s" % words)
         return value
@@ -147,7 +147,7 @@ _SIMPLE: Dict[str, Tuple[str, str]] = {
 def _host(words: str) -> Tuple[str, Check]:
     matches = _matching(r"%s|%s(?:%%[A-Za-z0-9_.-]{1,15})?" % (_HOST_NAME, _IPV6))
 
-    def check(value: str, sight: Sight) -> str:
+    def check(value: str, _sight: Sight) -> str:
         if len(value) > 253 or not matches(value):
             raise Refusal("%.80r is not %s" % (value, words), "expected %s, without user, port or path" % words)
         return value
@@ -172,7 +172,7 @@ def _int(low: int, high: int) -> Tuple[str, Check]:
     # No leading zero (some programs read octal) and no '+', which head and tail give a meaning of its own.
     matches = _matching(r"-?(?:0|[1-9][0-9]{0,17})")
 
-    def check(value: str, sight: Sight) -> str:
+    def check(value: str, _sight: Sight) -> str:
         if not matches(value) or not low <= int(value) <= high:
             raise Refusal("%.80r is not %s" % (value, words), "expected %s" % words)
         return value
@@ -184,7 +184,7 @@ def _number(low: float, high: float) -> Tuple[str, Check]:
     words = "a number from %g to %g" % (low, high)
     matches = _matching(r"(?:0|[1-9][0-9]{0,8})(?:\.[0-9]{1,6})?")
 
-    def check(value: str, sight: Sight) -> str:
+    def check(value: str, _sight: Sight) -> str:
         if not matches(value) or not low <= float(value) <= high:
             raise Refusal("%.80r is not %s" % (value, words), "expected %s" % words)
         return value
@@ -196,7 +196,7 @@ def _enum(values: Tuple[str, ...]) -> Tuple[str, Check]:
     allowed = frozenset(values)
     words = "one of %s" % ", ".join(values)
 
-    def check(value: str, sight: Sight) -> str:
+    def check(value: str, _sight: Sight) -> str:
         if value not in allowed:
             raise Refusal("%.80r is not allowed here" % value, "expected %s" % words)
         return value
@@ -208,7 +208,7 @@ def _csv(values: Tuple[str, ...]) -> Tuple[str, Check]:
     allowed = frozenset(values)
     words = "some of %s, joined by commas" % ", ".join(values)
 
-    def check(value: str, sight: Sight) -> str:
+    def check(value: str, _sight: Sight) -> str:
         for part in value.split(","):
             if part not in allowed:
                 raise Refusal("%.80r in %.80r is not allowed here" % (part, value), "expected %s" % words)
@@ -223,7 +223,7 @@ def _columns(values: Tuple[str, ...]) -> Tuple[str, Check]:
     words = "columns out of %s, joined by commas" % ", ".join(values)
     split = re.compile(r"([+-]?)([A-Za-z0-9_%-]+)(?::[0-9]{1,3})?=?", re.ASCII)
 
-    def check(value: str, sight: Sight) -> str:
+    def check(value: str, _sight: Sight) -> str:
         for part in value.split(","):
             match = split.fullmatch(part)
             if match is None or match.group(2).lower() not in allowed:
@@ -236,14 +236,12 @@ def _columns(values: Tuple[str, ...]) -> Tuple[str, Check]:
 def _pattern(words: str, forbidden: str) -> Tuple[str, Check]:
     bad = frozenset(forbidden)
 
-    def check(value: str, sight: Sight) -> str:
+    def check(value: str, _sight: Sight) -> str:
         if len(value) > PATTERN_CHARS:
             raise Refusal("%s is %d characters long, at most %d are allowed" % (words, len(value), PATTERN_CHARS))
         for character in value:
             if character in bad:
-                raise Refusal(
-                    "%s %.80r holds %r" % (words, value, character), "leave out %s" % " ".join(sorted(bad))
-                )
+                raise Refusal("%s %.80r holds %r" % (words, value, character), "leave out %s" % " ".join(sorted(bad)))
         return value
 
     return words, check
@@ -272,7 +270,7 @@ _DEVICE = _matching(
 _NOT_VOLUME_GROUPS = ("/dev/fd/", "/dev/pts/", "/dev/shm/", "/dev/mqueue/", "/dev/net/", "/dev/input/", "/dev/char/")
 
 
-def _device(value: str, sight: Sight) -> str:
+def _device(value: str, _sight: Sight) -> str:
     if not _DEVICE(value) or value.startswith(_NOT_VOLUME_GROUPS) or "/.." in value:
         raise Refusal("%.80r is not a block device" % value, "expected a block device such as /dev/sda1")
     return value
@@ -352,9 +350,7 @@ def _simple_kind(text: str, shapes: Mapping[str, Tuple[str, str]]) -> Kind:
     if name == "device":
         arity(0, 0)
         return Kind(text, "a block device such as /dev/sda1", _device)
-    raise BadKind(
-        "there is no kind %r; known are %s" % (name, ", ".join(sorted(set(BUILT_IN) | set(shapes))))
-    )
+    raise BadKind("there is no kind %r; known are %s" % (name, ", ".join(sorted(set(BUILT_IN) | set(shapes)))))
 
 
 BUILT_IN: Tuple[str, ...] = tuple(_SIMPLE) + (

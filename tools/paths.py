@@ -89,7 +89,7 @@ def _has_glob(pattern: str) -> bool:
 
 
 def _under(path: str, root: str) -> bool:
-    return path == root or root == "/" or path.startswith(root + "/")
+    return root in (path, "/") or path.startswith(root + "/")
 
 
 class PathRules:
@@ -245,7 +245,7 @@ def resolve(path: str) -> str:
 def expand(pattern: str, limit: int) -> List[str]:
     """At most ``limit + 1`` names that match a glob of an absolute path, sorted; hidden ones only if asked for.
 
-    Links are not followed on the way: a directory that is a link matches by name but is not entered.
+    Links are entered as a shell would (``/sys/class`` is made of them); what comes out is checked like any other path.
     """
     found = ["/"]
     for step in [step for step in pattern.split("/") if step]:
@@ -257,8 +257,6 @@ def expand(pattern: str, limit: int) -> List[str]:
         regex = re.compile(glob_regex(step), re.DOTALL)
         for base in found:
             try:
-                if base != "/" and os.path.realpath(base) != base:
-                    continue
                 names = sorted(os.listdir(base))
             except OSError:
                 continue

@@ -486,7 +486,9 @@ class _Kinds:
                 raise reader.fail(field, str(error)) from None
             for name in _set_names(text):
                 if name not in self.sets:
-                    raise reader.fail(field, "there is no set %r; known are %s" % (name, ", ".join(self.sets) or "none"))
+                    raise reader.fail(
+                        field, "there is no set %r; known are %s" % (name, ", ".join(self.sets) or "none")
+                    )
             self.known[text] = kind
         return kind
 
@@ -584,7 +586,7 @@ def _check_command(reader: _Reader, command: Command) -> None:
         for inner_position, inner in enumerate(command.commands):
             for name, option in inner.table.items():
                 known_option = command.table[name]
-                if known_option.takes != option.takes or (NEXT == option.takes and option.kind != known_option.kind):
+                if known_option.takes != option.takes or (option.takes == NEXT and option.kind != known_option.kind):
                     raise PolicyError(
                         (*reader.path, "commands", inner_position, "options"),
                         "option %r takes %r here and %r elsewhere, but in style %r one parser reads all options"
@@ -623,7 +625,11 @@ def _rule(reader: _Reader, kinds: _Kinds) -> Rule:
     reason = reader.text("reason")
     if not reason or "\n" in reason:
         raise reader.fail("reason", "expected one line that says why the rule exists, got %.80r" % reason)
-    command = _read(reader.take("command", (dict,), "an object", {}), (*reader.path, "command"), lambda inner: _command(inner, kinds))
+    command = _read(
+        reader.take("command", (dict,), "an object", {}),
+        (*reader.path, "command"),
+        lambda inner: _command(inner, kinds),
+    )
     rule = Rule(
         name, paths, reason, command, reader.one_of("effect", EFFECTS, values.OBSERVE), reader.string_map("env"),
         reader.seconds("timeout_s", None),

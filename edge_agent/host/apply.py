@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
-import json
 import os
 import shutil
 import time
 from typing import Any, Dict, List, Mapping, NamedTuple
 
+from edge_agent.host.documents import read_object
 from edge_agent.host.errors import BadRequest, MachineFailed
 from edge_agent.host.home import Home, HostConfig, write_atomic
-from tools.values import JsonObject, want
+from tools.values import JsonObject, Malformed, want
 
 # Name in the document → where it lies. Nothing else can be written through this verb.
 UNITS = "~/.config/systemd/user/chargehand-broker.service"
@@ -55,9 +56,7 @@ def apply_files(home: Home, document: Mapping[str, Any]) -> JsonObject:
     if changed and not dry_run:
         backup = _back_up(home, changed)
         try:
-            for file in changed:
-                os.makedirs(os.path.dirname(file.path), mode=0o700, exist_ok=True)
-                write_atomic(file.path, file.content, file.mode)
+            _replace(changed)
         except OSError as error:
             raise MachineFailed(
                 "the installation could not be written: %s" % error.strerror,
@@ -65,6 +64,23 @@ def apply_files(home: Home, document: Mapping[str, Any]) -> JsonObject:
                 next_step="free disk space, then apply again; the files before are in %s" % backup,
             ) from error
     return {"changed": [file.name for file in changed], "unchanged": unchanged, "backup": backup, "dry_run": dry_run}
+
+
+def _replace(files: List[_File]) -> None:
+    """Write every file beside its place first: what can fail (space, permission) fails before anything is replaced."""
+    staged: List[str] = []
+    try:
+        for file in files:
+            os.makedirs(os.path.dirname(file.path), mode=0o700, exist_ok=True)
+            staged.append(file.path + ".new")
+            write_atomic(staged[-1], file.content, file.mode)
+        for file in files:
+            os.rename(file.path + ".new", file.path)
+    except OSError:
+        for path in staged:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        raise
 
 
 def _read(home: Home, entry: Any) -> _File:
@@ -82,8 +98,8 @@ def _read(home: Home, entry: Any) -> _File:
         raise BadRequest("the content of %s does not have the digest it states" % name)
     if name == "host.json":
         try:
-            HostConfig.from_json(json.loads(content))
-        except ValueError as error:
+            HostConfig.from_json(read_object(content))
+        except Malformed as error:
             raise BadRequest("the new host.json is not right: %s" % error) from error
     return _File(name, known[name], 0o644 if name != "host.json" else 0o600, content)
 

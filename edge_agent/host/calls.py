@@ -8,22 +8,21 @@ Deliberately does not know: sockets, leases, the worker. The owner's selector lo
 from __future__ import annotations
 
 import dataclasses
-import glob
-import itertools
 import os
 import selectors
 import time
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from edge_agent.host.errors import JournalFailed, Refused
 from edge_agent.host.home import Home
 from edge_agent.host.journal import Journal
 from edge_agent.host.pins import Pins
 from edge_agent.host.runner import KILL_DEADLINE_S, Pipeline, access_file
+from tools.catalogue import catalogue
 from tools.gate import decide, decide_probe
 from tools.observers.observer import BadParameters, Observer, Probe
 from tools.observers.registry import OBSERVERS
-from tools.paths import PathRefused, open_regular, resolve
+from tools.paths import PathRefused, expand, open_by_rules, resolve
 from tools.policy import Policy
 from tools.values import (
     ALLOW,
@@ -37,6 +36,7 @@ from tools.values import (
     Step,
     StepResult,
     ToolCall,
+    canonical,
     digest,
 )
 
@@ -47,6 +47,13 @@ ARGUMENTS_BYTES = 8192
 PROBE_S = 8.0
 
 Tell = Callable[[JsonObject], None]
+# What is left of a call's phase: each a step to execute or a result already known.
+_Todo = List[Tuple[Optional[Step], Optional[StepResult]]]
+# The rule of a refusal whose reason is that the journal could not be written.
+JOURNAL_RULE = "journal"
+# Characters of output that one evidence may hold, all steps together; what is over is cut and says so. A line to the
+# worker then stays below 1 MiB even if every character is written as six.
+EVIDENCE_CHARACTERS = 160_000
 
 
 class HostFiles:
@@ -66,7 +73,7 @@ class HostFiles:
 
     def expand(self, pattern: str, limit: int) -> List[str]:
         """At most ``limit + 1`` paths that match the glob, sorted; hidden names only if the pattern says so."""
-        return sorted(itertools.islice(glob.iglob(pattern), limit + 1))
+        return expand(pattern, limit)
 
 
 @dataclasses.dataclass
@@ -77,36 +84,45 @@ class _Call:
     decision: Decision
     tell_done: Tell
     started: float
-    todo: List[Tuple[Optional[Step], Optional[StepResult]]]
+    todo: _Todo
     results: List[StepResult]
     observer: Optional[Observer] = None
     executed: int = 0
     cancelled: str = ""
+    broken: str = ""
 
 
 class Calls:
     """Carries out one call at a time.
 
     Args:
-        policy: the compiled policy of the lease (JSON form); raises ``Malformed`` if it is none.
+        policy: the compiled policy of the lease.
         home: the installation, whose own directory no call may read.
         journal: the run's.
         selector: the owner's loop; it must call ``check_time`` at the latest at ``deadline`` (monotonic seconds).
+        may_act: asked at the last moment before each execution, after its intent was written: whether the right to act
+            still lasts. Writing may take long on a slow disk.
     """
 
     def __init__(
-        self, policy: Mapping[str, Any], home: Home, journal: Journal, selector: selectors.BaseSelector
+        self,
+        policy: Policy,
+        home: Home,
+        journal: Journal,
+        selector: selectors.BaseSelector,
+        may_act: Callable[[], bool],
     ) -> None:
-        self._policy = Policy.from_json(policy)
-        self._secret_roots = (home.root, os.path.realpath(home.root))
-        self._pins = Pins(path for rule in self._policy.rules for path in rule.paths)
-        self._files = HostFiles(self._pins, self._secret_roots)
+        self._policy = policy
+        secret_roots = (home.root, os.path.realpath(home.root))
+        self._pins = Pins(path for rule in policy.rules for path in rule.paths)
+        self._files = HostFiles(self._pins, secret_roots)
+        self._path_rules = policy.path_rules(secret_roots)
         self._journal = journal
         self._selector = selector
+        self._may_act = may_act
         self._current: Optional[_Call] = None
         self._pipeline: Optional[Pipeline] = None
         self.counted = 0
-        self._ended = ""
 
     @property
     def busy(self) -> bool:
@@ -117,9 +133,9 @@ class Calls:
         """When ``check_time`` is due, on the monotonic clock; ``None`` while nothing runs."""
         return self._pipeline.deadline if self._pipeline is not None else None
 
-    def catalogue(self) -> List[str]:
-        """The names of the tools that a worker may ask for."""
-        return ["exec", "read", "write", *sorted(OBSERVERS)]
+    def catalogue(self) -> List[JsonObject]:
+        """The tools a worker may ask for under this policy, as models are told about them."""
+        return [tool.to_json() for tool in catalogue(self._policy, OBSERVERS)]
 
     # -- deciding
 
@@ -127,18 +143,15 @@ class Calls:
         """Decide ``call``, tell the decision, execute it if it is allowed and tell its evidence.
 
         ``tell`` gets ``{"call_id", "decision"}``; ``tell_done`` gets ``{"call_id", "evidence"}`` or, when nothing is
-        executed, ``{"call_id", "refused": true}``. Raises ``JournalFailed``: nothing was executed then.
+        executed, ``{"call_id", "refused": true}``. What cannot be written to the journal is refused.
         """
-        self._journal.append("call.asked", {"tool": call.tool, "arguments": _brief(call.arguments)}, call.call_id)
         self.counted += 1
-        todo: List[Tuple[Optional[Step], Optional[StepResult]]] = []
-        observer = OBSERVERS.get(call.tool)
-        if observer is not None:
-            decision, todo = self._decide_observer(observer, call)
-        else:
-            decision = decide(self._policy, call, self._files)
-            todo = [(step, None) for step in decision.steps]
-        self._journal.append("call.decided", _decision_record(decision), call.call_id)
+        try:
+            self._write_asked(call)
+            decision, observer, todo = self._decide(call)
+            self._journal.append("call.decided", _decision_record(decision), call.call_id)
+        except JournalFailed as error:
+            decision = Decision(DENY, OBSERVE, JOURNAL_RULE, "what cannot be recorded is not done: %s" % error)
         tell({"call_id": call.call_id, "decision": decision.to_json()})
         if decision.outcome != ALLOW:
             tell_done({"call_id": call.call_id, "refused": True})
@@ -146,25 +159,48 @@ class Calls:
         self._current = _Call(call, decision, tell_done, time.monotonic(), todo, [], observer)
         self._advance()
 
-    def _decide_observer(
-        self, observer: Observer, call: ToolCall
-    ) -> Tuple[Decision, List[Tuple[Optional[Step], Optional[StepResult]]]]:
+    def refuse(self, call: ToolCall, rule: str, reason: str, tell: Tell, tell_done: Tell) -> None:
+        """Refuse ``call`` without asking the gate; told and written like any other refusal."""
+        self.counted += 1
+        decision = Decision(DENY, OBSERVE, rule, reason)
+        try:
+            self._write_asked(call)
+            self._journal.append("call.decided", _decision_record(decision), call.call_id)
+        except JournalFailed as error:
+            decision = dataclasses.replace(decision, reason="%s (and the journal: %s)" % (reason, error))
+        tell({"call_id": call.call_id, "decision": decision.to_json()})
+        tell_done({"call_id": call.call_id, "refused": True})
+
+    def _write_asked(self, call: ToolCall) -> None:
+        self._journal.append("call.asked", {"tool": call.tool, "arguments": _brief(call.arguments)}, call.call_id)
+
+    def _decide(self, call: ToolCall) -> Tuple[Decision, Optional[Observer], _Todo]:
+        todo: _Todo = []
+        observer = OBSERVERS.get(call.tool)
+        if observer is not None:
+            decision, todo = self._decide_observer(observer, call)
+        else:
+            decision = decide(self._policy, call, self._files)
+            todo = [(step, None) for step in decision.steps]
+        return decision, observer, todo
+
+    def _decide_observer(self, observer: Observer, call: ToolCall) -> Tuple[Decision, _Todo]:
         try:
             probes = observer.probes(call.arguments)
         except BadParameters as error:
             return Decision(DENY, OBSERVE, "observer-parameters", str(error)), []
-        todo, refusals = self._decide_probes(call.call_id, probes)
+        todo, refusals = self._decide_probes(probes)
         steps = tuple(step for step, _ in todo if step is not None)
         rule = "observer:" + observer.name
         if not steps and refusals:
             first = refusals[0]
-            return Decision(DENY, OBSERVE, first.rule, "observer %s: %s" % (observer.name, first.reason), first.hint), []
+            return Decision(
+                DENY, OBSERVE, first.rule, "observer %s: %s" % (observer.name, first.reason), first.hint
+            ), []
         return Decision(ALLOW, OBSERVE, rule, "a typed read-only observer", steps=steps), todo
 
-    def _decide_probes(
-        self, call_id: str, probes: Sequence[Probe]
-    ) -> Tuple[List[Tuple[Optional[Step], Optional[StepResult]]], List[Decision]]:
-        todo: List[Tuple[Optional[Step], Optional[StepResult]]] = []
+    def _decide_probes(self, probes: Sequence[Probe]) -> Tuple[_Todo, List[Decision]]:
+        todo: _Todo = []
         refusals: List[Decision] = []
         for probe in probes:
             decision = decide_probe(self._policy, probe, self._files)
@@ -172,7 +208,14 @@ class Calls:
                 todo.extend((_with_output(step, probe.output_bytes), None) for step in decision.steps)
                 continue
             refusals.append(decision)
-            todo.append((None, StepResult(argv=(probe.argv,) if probe.argv else (), path=probe.path or None, error=decision.reason)))
+            todo.append(
+                (
+                    None,
+                    StepResult(
+                        argv=(probe.argv,) if probe.argv else (), path=probe.path or None, error=decision.reason
+                    ),
+                )
+            )
         return todo, refusals
 
     # -- executing
@@ -202,23 +245,22 @@ class Calls:
         intent: JsonObject = {"step": current.executed, "digest": digest(step.to_json())}
         if step.file is not None:
             intent["path"] = step.file.path
-            self._journal.append("call.intent", intent, current.call.call_id)
+            self._write_intent(current, intent)
             current.results.append(access_file(step.file, self._open))
             return
         intent["argv"] = [list(stage.argv) for stage in step.stages]
-        self._journal.append("call.intent", intent, current.call.call_id)
+        intent["binaries"] = [self._pins.sha256(stage.binary) for stage in step.stages]
+        self._write_intent(current, intent)
         self._pipeline = Pipeline(step.stages, self._pins, self._selector, self._step_done)
 
+    def _write_intent(self, current: _Call, intent: JsonObject) -> None:
+        self._journal.append("call.intent", intent, current.call.call_id)
+        if not self._may_act():
+            raise Refused("the right to act ended before this could be executed")
+
     def _open(self, access: FileAccess) -> int:
-        policy = self._policy
         try:
-            return open_regular(
-                access.path,
-                os.O_RDONLY,
-                policy.read_roots,
-                policy.secret_roots + self._secret_roots,
-                policy.kernel_files,
-            )
+            return open_by_rules(access.path, self._path_rules)
         except PathRefused as error:
             raise Refused(error.reason) from error
 
@@ -231,28 +273,39 @@ class Calls:
     def _next_phase(self, current: _Call) -> bool:
         if current.observer is None:
             return False
-        probes = current.observer.next_probes(current.results, current.call.arguments)
-        current.todo, _ = self._decide_probes(current.call.call_id, probes)
+        try:
+            probes = current.observer.next_probes(current.results, current.call.arguments)
+        except Exception as error:  # noqa: BLE001 - see _finish
+            current.broken = "observer %s could not go on: %r" % (current.observer.name, error)
+            return False
+        current.todo, _ = self._decide_probes(probes)
         return bool(current.todo)
 
     def _finish(self, current: _Call) -> None:
         data = None
-        error = current.cancelled
+        error = current.cancelled or current.broken
         if current.observer is not None and not error:
-            data = current.observer.parse(current.results, current.call.arguments)
+            # An observer reads what a hostile machine printed. If it stumbles, one call has no data; the run goes on.
+            try:
+                data = current.observer.parse(current.results, current.call.arguments)
+                canonical(data)
+            except Exception as stumble:  # noqa: BLE001
+                data, error = None, "the output could not be parsed: %r" % stumble
         evidence = Evidence(
             current.call.call_id,
             current.call.tool,
-            tuple(current.results),
+            _bounded(current.results),
             data,
-            error,
+            error[:2000],
             round((time.monotonic() - current.started) * 1000, 3),
         )
         try:
             self._journal.append("call.result", _result_record(evidence), current.call.call_id)
         except JournalFailed as failure:
             # It was executed and its intent is on disk; that the result is not, must be said.
-            evidence = dataclasses.replace(evidence, error="the result could not be written to the journal: %s" % failure)
+            evidence = dataclasses.replace(
+                evidence, error="the result could not be written to the journal: %s" % failure
+            )
         self._current = None
         current.tell_done({"call_id": current.call.call_id, "evidence": evidence.to_json()})
 
@@ -282,9 +335,26 @@ def _with_output(step: Step, output_bytes: int) -> Step:
     if step.file is not None:
         return dataclasses.replace(step, file=dataclasses.replace(step.file, length=output_bytes))
     stages: Tuple[Stage, ...] = tuple(
-        dataclasses.replace(stage, output_bytes=output_bytes, timeout_s=min(stage.timeout_s, PROBE_S)) for stage in step.stages
+        dataclasses.replace(stage, output_bytes=output_bytes, timeout_s=min(stage.timeout_s, PROBE_S))
+        for stage in step.stages
     )
     return dataclasses.replace(step, stages=stages)
+
+
+def _bounded(results: Sequence[StepResult]) -> Tuple[StepResult, ...]:
+    """``results`` with outputs that fit one line to the worker; sizes and digests stay those of everything."""
+    if sum(len(result.stdout) + len(result.stderr) for result in results) <= EVIDENCE_CHARACTERS:
+        return tuple(results)
+    share = EVIDENCE_CHARACTERS // (2 * len(results))
+    return tuple(
+        dataclasses.replace(
+            result,
+            stdout=result.stdout[:share],
+            stderr=result.stderr[:share],
+            cut=result.cut or len(result.stdout) > share or len(result.stderr) > share,
+        )
+        for result in results
+    )
 
 
 def _failed(step: Step, error: str) -> StepResult:
@@ -295,12 +365,23 @@ def _failed(step: Step, error: str) -> StepResult:
 
 def _brief(arguments: JsonObject) -> JsonObject:
     """Arguments as the journal keeps them: file contents and very long ones by digest and size."""
-    kept: Dict[str, Any] = {
-        name: value if name != "content" else {"digest": digest(str(value)), "bytes": len(str(value).encode("utf-8", "replace"))}
-        for name, value in arguments.items()
-    }
-    text = repr(kept)
-    return kept if len(text) <= ARGUMENTS_BYTES else {"digest": digest(arguments), "bytes": len(text)}
+    try:
+        kept: Dict[str, Any] = {
+            name: value if name != "content" else _content_record(str(value)) for name, value in arguments.items()
+        }
+        size = len(canonical(kept))
+        return kept if size <= ARGUMENTS_BYTES else {"digest": digest(arguments), "bytes": size}
+    except (ValueError, TypeError, RecursionError) as error:
+        # Not JSON after all (NaN), or too deep. The gate will refuse it; that it was asked for is on record.
+        return {"unreadable": str(error)[:200]}
+
+
+def _content_record(text: str) -> JsonObject:
+    try:
+        data = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        data = text.encode("utf-8", "backslashreplace")
+    return {"digest": digest(data), "bytes": len(text.encode("utf-8", "replace"))}
 
 
 def _decision_record(decision: Decision) -> JsonObject:

@@ -63,7 +63,9 @@ def hide_memory() -> None:
 
 def landlock_abi() -> Tuple[int, str]:
     """(ABI version, "") or (0, why not), as the kernel answers."""
-    version = _libc.syscall(_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(_CREATE_RULESET_VERSION))
+    version = _libc.syscall(
+        _LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(_CREATE_RULESET_VERSION)
+    )
     if version < 0:
         return 0, os.strerror(ctypes.get_errno())
     return int(version), ""

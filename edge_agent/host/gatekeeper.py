@@ -7,6 +7,7 @@ shell, and what a verb may do is decided by the lease, the unit manager and the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -14,13 +15,16 @@ import re
 import select
 import socket
 import sys
+import threading
 import time
+import traceback
 from typing import Any, BinaryIO, Callable, Dict, List, Mapping, Optional, Tuple
 
 from edge_agent.host import clock
+from edge_agent.host.documents import read_object, seconds
 from edge_agent.host.errors import BadRequest, Busy, HostError, JournalFailed, MachineFailed, NoLease
-from edge_agent.host.home import PROTOCOL, Home, HostConfig, write_atomic
-from edge_agent.host.journal import Journal, check, prune, read_lines
+from edge_agent.host.home import PROTOCOL, Home, HostConfig, connect_below, empty, write_atomic
+from edge_agent.host.journal import Journal, check, is_over, prune, read_lines
 from edge_agent.host.lease import Grant, admit, check_run_id, current_run, run_record
 from edge_agent.host.units import INACTIVE, UnitManager, choose
 from edge_agent.host.version import VERSION
@@ -60,6 +64,9 @@ class Gatekeeper:
             return self._fail(verb, BadRequest("the document of %r is not right: %s" % (verb, error)))
         except OSError as error:
             return self._fail(verb, MachineFailed("%s failed: %s" % (verb, error)))
+        except Exception as error:  # noqa: BLE001 - a defect: whoever asked still gets one document, the log the rest
+            self._home.log({"verb": verb, "defect": traceback.format_exc()[-4000:]})
+            return self._fail(verb, MachineFailed("%s failed: %r" % (verb, error), next_step="see gatekeeper.log"))
 
     def _answer(self, document: JsonObject) -> None:
         self._stdout.write(json.dumps(document, separators=(",", ":")).encode("ascii") + b"\n")
@@ -67,7 +74,9 @@ class Gatekeeper:
 
     def _fail(self, verb: str, error: HostError) -> int:
         self._home.log({"verb": verb, "peer": os.environ.get("SSH_CONNECTION", "")[:80], "error": error.to_json()})
-        self._answer({"error": error.to_json()})
+        # Whoever asked may have hung up: then nobody reads it, and the log has it.
+        with contextlib.suppress(OSError):
+            self._answer({"error": error.to_json()})
         return error.exit_code
 
     def _choose(self, command: str) -> Tuple[Callable[[str], Optional[JsonObject]], str]:
@@ -107,13 +116,12 @@ class Gatekeeper:
             data += block
             if len(data) > MAX_DOCUMENT:
                 raise BadRequest("the document is too large", expected="at most %d bytes" % MAX_DOCUMENT)
+        if not data.strip():
+            return {}
         try:
-            document = json.loads(data) if data.strip() else {}
-        except ValueError as error:
-            raise BadRequest("stdin is not JSON: %s" % error, got=repr(bytes(data[:60]))) from error
-        if not isinstance(document, dict):
-            raise BadRequest("stdin is not a JSON object", got=type(document).__name__)
-        return document
+            return read_object(data)
+        except Malformed as error:
+            raise BadRequest("the document on stdin: %s" % error, got=repr(bytes(data[:60]))) from error
 
     # -- verbs that only look
 
@@ -163,13 +171,9 @@ class Gatekeeper:
         document = self._document()
         run_id = check_run_id(want(document, "run_id", str))
         offset = want(document, "offset", int, 0)
-        try:
-            lines = read_lines(os.path.join(self._home.journals, run_id + ".jsonl"))
-        except FileNotFoundError:
-            raise BadRequest(
-                "there is no journal of run %s on this machine" % run_id,
-                next_step="the run never started here, or its journal was pruned",
-            ) from None
+        if offset < 0:
+            raise BadRequest("field 'offset' counts lines from the first", expected="0 or more", got=repr(offset))
+        lines = self._journal_lines(run_id)
         page: List[str] = []
         size = 0
         for line in lines[offset:]:
@@ -183,8 +187,17 @@ class Gatekeeper:
         except JournalFailed as error:
             # A broken chain is evidence, not a failure of the verb: the centre checks the lines itself.
             head = "broken: %s" % error
-        over = bool(lines) and '"kind":"stopped"' in lines[-1]
-        return {"lines": page, "next": offset + len(page), "complete": offset + len(page) >= len(lines), "over": over, "head": head}
+        told = offset + len(page)
+        return {"lines": page, "next": told, "complete": told >= len(lines), "over": is_over(lines), "head": head}
+
+    def _journal_lines(self, run_id: str) -> List[str]:
+        for directory in (self._home.journals, self._home.observations):
+            with contextlib.suppress(FileNotFoundError):
+                return read_lines(os.path.join(directory, run_id + ".jsonl"))
+        raise BadRequest(
+            "there is no journal of run %s on this machine" % run_id,
+            next_step="the run never started here, or its journal was pruned",
+        )
 
     def observe(self, name: str) -> JsonObject:
         from edge_agent.host.observe import observe_once
@@ -228,19 +241,26 @@ class Gatekeeper:
             # The fence moves before anything starts: whatever happens now, this start cannot be replayed.
             state.update(generation=grant.generation, run=run_record(grant, now))
             self._home.save_state(state)
-            task = {"run_id": grant.run_id, "machine": grant.machine, "limits": grant.limits, "model": grant.model}
-            write_atomic(os.path.join(run_dir, "worker", "task.json"), json.dumps(task).encode("ascii"), 0o644)
-            lease = {"grant": grant.to_json(), "granted_at": now}
-            write_atomic(os.path.join(run_dir, "lease.json"), json.dumps(lease).encode("ascii"))
             try:
+                task = {"run_id": grant.run_id, "machine": grant.machine, "limits": grant.limits, "model": grant.model}
+                write_atomic(os.path.join(run_dir, "worker", "task.json"), json.dumps(task).encode("ascii"), 0o644)
+                lease = {"grant": grant.to_json(), "granted_at": now}
+                write_atomic(os.path.join(run_dir, "lease.json"), json.dumps(lease).encode("ascii"))
                 units.start(START_S)
                 started = time.monotonic()
                 answer = self._control(config, {"verb": "ready"}, START_S)
-            except HostError as error:
-                error.got = error.got or units.why()
+            except (HostError, OSError) as error:
+                if isinstance(error, HostError):
+                    error.got = error.got or units.why()
                 self._force_down(units, run_dir)
                 state["run"] = None
                 self._home.save_state(state)
+                if isinstance(error, NoLease):
+                    raise MachineFailed(
+                        "the edge agent ended while it was started",
+                        got=error.got,
+                        next_step="what broker and worker said last stands beside; the units' journal has the rest",
+                    ) from error
                 raise
         return {
             "run_id": grant.run_id,
@@ -252,7 +272,14 @@ class Gatekeeper:
 
     def renew(self, _: str) -> JsonObject:
         document = self._document()
-        return self._control(self._home.config(), dict(document, verb="renew"), CONTROL_S)
+        renewal = {
+            "verb": "renew",
+            "run_id": check_run_id(want(document, "run_id", str)),
+            "generation": want(document, "generation", int),
+            "seq": want(document, "seq", int),
+            "lease_s": seconds(document, "lease_s"),
+        }
+        return self._control(self._home.config(), renewal, CONTROL_S)
 
     def stop(self, _: str) -> JsonObject:
         document = self._document()
@@ -284,25 +311,27 @@ class Gatekeeper:
             if run is not None and run["run_id"] == run_id:
                 state["run"] = None
                 self._home.save_state(state)
-        lines, head = self._close_journal(run_id, reason)
+            # Still under the lock: two stops at once must not both write the last line.
+            lines, head = self._close_journal(run_id, reason)
         return {"unit": unit, "processes": len(left), "journal_lines": lines, "journal_head": head}
 
     def dial(self, name: str) -> None:
         if name not in ("a2a", "inference"):
             raise BadRequest("there is no socket of that name to dial", expected="a2a or inference", got=name)
         config = self._home.config()
-        path = os.path.join(self._home.run_dir(config), "worker", name + ".sock")
-        stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            stream.connect(path)
+            stream = connect_below(os.path.join(self._home.run_dir(config), "worker"), name + ".sock")
         except OSError as error:
-            stream.close()
             raise NoLease(
-                "the worker does not listen: %s" % error.strerror, next_step="a run must be on; see chargehand runs list"
+                "the worker does not listen: %s" % error.strerror,
+                next_step="a run must be on; see chargehand runs list",
             ) from error
         with stream:
             self._answer({"ok": True})
-            splice(self._stdin.fileno(), self._stdout.fileno(), stream)
+            stream.setblocking(True)
+            # From here on the bytes are the two ends' own: nothing of this program's may get between them.
+            with contextlib.suppress(OSError):
+                splice(self._stdin.fileno(), self._stdout.fileno(), stream)
 
     # -- parts of the verbs
 
@@ -324,13 +353,10 @@ class Gatekeeper:
                 raise MachineFailed("the broker did not answer within %g s" % timeout_s) from None
             except (FileNotFoundError, ConnectionError) as error:
                 raise NoLease("no run is on this machine", got=str(error)) from None
-        answer = json.loads(line)
+        answer = read_object(line)
         if "error" in answer:
-            said = answer["error"]
-            error = HostError(said["message"], expected=said["expected"], got=said["got"], next_step=said["next"])
-            error.code, error.exit_code = said["code"], answer.get("exit_code", 4)
-            raise error
-        return dict(answer)
+            raise _error_of(answer)
+        return answer
 
     def _broker_status(self, config: HostConfig) -> Optional[JsonObject]:
         try:
@@ -360,7 +386,7 @@ class Gatekeeper:
             lines = read_lines(path)
         except FileNotFoundError:
             return 0, ""
-        if lines and '"kind":"stopped"' not in lines[-1]:
+        if lines and not is_over(lines):
             try:
                 journal = Journal(path, run_id, create=False)
                 journal.append("stopped", {"reason": "found dead at stop: %s" % reason[:400], "calls": None})
@@ -375,11 +401,19 @@ class Gatekeeper:
 
 
 def _clear(run_dir: str) -> None:
-    """Remove what a past run left in the run directory: sockets, the lease, the task."""
-    for directory in (run_dir, os.path.join(run_dir, "worker")):
-        for name in os.listdir(directory):
-            if name in ("broker.sock", "lease.json", "a2a.sock", "tools.sock", "inference.sock", "task.json", "pause-was-there"):
-                os.unlink(os.path.join(directory, name))
+    """Remove what a past run left in the run directory: sockets, the lease, and whatever its worker made."""
+    for name in ("broker.sock", "lease.json", "pause-was-there"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(run_dir, name))
+    empty(os.path.join(run_dir, "worker"))
+
+
+def _error_of(answer: JsonObject) -> HostError:
+    """What the broker refused with, as it would have been raised here."""
+    said = answer["error"]
+    error = HostError(said["message"], expected=said["expected"], got=said["got"], next_step=said["next"])
+    error.code, error.exit_code = said["code"], answer.get("exit_code", HostError.exit_code)
+    return error
 
 
 def _os_release() -> JsonObject:
@@ -392,28 +426,29 @@ def _os_release() -> JsonObject:
 
 
 def splice(source: int, sink: int, stream: socket.socket) -> None:
-    """Carry bytes both ways until one side ends: ``source`` → ``stream`` → ``sink``.
+    """Carry bytes both ways until ``stream`` ends: ``source`` → ``stream`` → ``sink``.
 
-    The end of ``source`` is passed on as a half close; the end of ``stream`` ends the connection.
+    The end of ``source`` is passed on as a half close. Each way has a thread of its own, so that an end that does not
+    read holds up only its own way.
     """
-    fd = stream.fileno()
-    watched = [source, fd]
-    while True:
-        ready, _, _ = select.select(watched, [], [])
-        if source in ready:
-            data = os.read(source, 65536)
-            if data:
+
+    def upward() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                data = os.read(source, 65536)
+                if not data:
+                    break
                 stream.sendall(data)
-            else:
-                watched.remove(source)
-                stream.shutdown(socket.SHUT_WR)
-        if fd in ready:
-            data = stream.recv(65536)
-            if not data:
-                return
-            view = memoryview(data)
-            while view:
-                view = view[os.write(sink, view) :]
+            stream.shutdown(socket.SHUT_WR)
+
+    threading.Thread(target=upward, daemon=True).start()
+    while True:
+        data = stream.recv(65536)
+        if not data:
+            return
+        view = memoryview(data)
+        while view:
+            view = view[os.write(sink, view) :]
 
 
 def main(home: Home) -> int:

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
+import re
+import socket
+import stat
 import tempfile
 from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
 
 from edge_agent.host import clock
+from edge_agent.host.documents import read_object, seconds
 from edge_agent.host.errors import Busy, MachineFailed
 from tools.values import JsonObject, Malformed, want, want_strings
 
@@ -22,6 +27,7 @@ PROTOCOL = 1
 LOG_BYTES = 1024 * 1024
 # UNIX socket paths end at 107 bytes; the longest name below a run directory is "worker/inference.sock".
 RUN_DIR_BYTES = 80
+MACHINE = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,18 +52,28 @@ class HostConfig:
             raise Malformed("field 'protocol' must be %d, got %r" % (PROTOCOL, protocol))
         units = want(document, "units", str)
         if units not in ("systemd", "process"):
-            raise Malformed("field 'units' must be 'systemd' or 'process', got %r" % units)
+            raise Malformed("field 'units' must be 'systemd' or 'process', got %.80r" % units)
+        machine = want(document, "machine", str)
+        if not MACHINE.fullmatch(machine):
+            raise Malformed("field 'machine' must be a slug ([a-z0-9][a-z0-9-]{0,62}), got %.80r" % machine)
+        run_dir = want(document, "run_dir", (str, type(None)), None)
+        if run_dir is not None and (not run_dir.startswith("/") or "\0" in run_dir):
+            raise Malformed("field 'run_dir' must be an absolute path or null, got %.80r" % run_dir)
+        argv = () if document.get("worker_argv") is None else want_strings(document, "worker_argv")
+        if units == "process" and (not argv or not argv[0].startswith("/") or "\0" in "".join(argv)):
+            raise Malformed("field 'worker_argv' must begin with the worker's absolute path, got %.80r" % (argv,))
         config = cls(
-            machine=want(document, "machine", str),
+            machine=machine,
             units=units,
-            run_dir=want(document, "run_dir", (str, type(None)), None),
-            max_lease_s=float(want(document, "max_lease_s", (int, float), 120.0)),
-            max_run_s=float(want(document, "max_run_s", (int, float), 3600.0)),
-            worker_argv=want_strings(document, "worker_argv", ()),
+            run_dir=run_dir,
+            max_lease_s=seconds(document, "max_lease_s", 120.0),
+            max_run_s=seconds(document, "max_run_s", 3600.0),
+            worker_argv=argv,
             image=want(document, "image", (str, type(None)), None),
         )
-        if units == "process" and not config.worker_argv:
-            raise Malformed("field 'worker_argv' must name the worker's command where 'units' is 'process'")
+        for name, value in (("max_lease_s", config.max_lease_s), ("max_run_s", config.max_run_s)):
+            if not 1.0 <= value <= 86400.0:
+                raise Malformed("field %r must be 1 to 86400 seconds, got %r" % (name, value))
         return config
 
 
@@ -83,6 +99,53 @@ def write_atomic(path: str, data: bytes, mode: int = 0o600) -> None:
         os.close(parent)
 
 
+def empty(directory: str) -> None:
+    """Remove everything in ``directory``, whatever its last user made of it: a confined worker may leave links,
+    directories where files should be, directories nobody may enter, or a nest deeper than any path or recursion goes.
+
+    Links are removed, never followed. Directories are moved up and then taken apart, so depth does not matter.
+    """
+    os.chmod(directory, 0o700)
+    while True:
+        entries = list(os.scandir(directory))
+        if not entries:
+            return
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.path)
+                continue
+            os.chmod(entry.path, 0o700)
+            for inner in list(os.scandir(entry.path)):
+                if inner.is_dir(follow_symlinks=False):
+                    os.chmod(inner.path, 0o700)
+                    os.rename(inner.path, os.path.join(directory, os.urandom(16).hex()))
+                else:
+                    os.unlink(inner.path)
+            os.rmdir(entry.path)
+
+
+def connect_below(directory: str, name: str) -> socket.socket:
+    """A connection to the UNIX socket ``name`` in ``directory``, non-blocking. Raises ``OSError``.
+
+    The directory is the worker's to write: a link in the socket's place would lead the host's own user to any service of
+    the machine, and a listener that accepts nobody would hold a blocking connect for ever. So it must be a socket itself,
+    and it must have room now.
+    """
+    at = os.open(os.path.join(directory, name), os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISSOCK(os.fstat(at).st_mode):
+            raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK), name)
+        stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        try:
+            stream.connect("/proc/self/fd/%d" % at)
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+    finally:
+        os.close(at)
+
+
 class Home:
     """The paths of one installation. ``root`` is absolute; directories are made with mode 0700 on first use."""
 
@@ -91,6 +154,8 @@ class Home:
         self.config_path = os.path.join(self.root, "host.json")
         self.state_path = os.path.join(self.root, "state.json")
         self.journals = os.path.join(self.root, "journal")
+        # Apart from the runs': however often somebody observes, no run's journal is pruned for it.
+        self.observations = os.path.join(self.journals, "observed")
         self.backup = os.path.join(self.root, "backup")
         self.log_path = os.path.join(self.root, "gatekeeper.log")
         self.zipapp = os.path.join(self.root, "host.pyz")
@@ -98,8 +163,8 @@ class Home:
     def config(self) -> HostConfig:
         """Read ``host.json``; raises ``MachineFailed`` that says what is wrong with it."""
         try:
-            with open(self.config_path, encoding="utf-8") as file:
-                return HostConfig.from_json(json.load(file))
+            with open(self.config_path, "rb") as file:
+                return HostConfig.from_json(read_object(file.read()))
         except FileNotFoundError:
             raise MachineFailed(
                 "%s does not exist" % self.config_path, next_step="install the edge: chargehand edge install"
@@ -136,16 +201,24 @@ class Home:
         os.makedirs(self.journals, mode=0o700, exist_ok=True)
         return os.path.join(self.journals, run_id + ".jsonl")
 
+    def observation_path(self, run_id: str) -> str:
+        os.makedirs(self.observations, mode=0o700, exist_ok=True)
+        return os.path.join(self.observations, run_id + ".jsonl")
+
     def state(self) -> JsonObject:
         """``state.json`` (empty on a new machine); raises ``MachineFailed`` if it is damaged: it holds the fence."""
         try:
-            with open(self.state_path, encoding="utf-8") as file:
-                state = json.load(file)
+            with open(self.state_path, "rb") as file:
+                state = read_object(file.read())
             want(state, "generation", int)
-            return dict(state)
+            run = want(state, "run", (dict, type(None)), None)
+            if run is not None:
+                for name, kind in (("run_id", str), ("generation", int), ("granted_at", (int, float))):
+                    want(run, name, kind)
+            return state
         except FileNotFoundError:
             return {"generation": 0, "run": None}
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise MachineFailed(
                 "%s cannot be read: %s" % (self.state_path, error),
                 next_step="it guards against late starts; repair it by hand: chargehand edge upgrade --reset-state",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 from edge_agent.host import clock
 from edge_agent.host.errors import JournalFailed
@@ -52,8 +52,10 @@ class Journal:
             else:
                 lines = read_lines(path)
                 self.seq, self.head = check(lines, run_id)
+                self._size = sum(len(line) + 1 for line in lines)
                 self._fd = os.open(path, flags)
-                self._size = os.fstat(self._fd).st_size
+                # A line torn by a power loss or a kill was announced to nobody: what comes next must not stick to it.
+                os.ftruncate(self._fd, self._size)
         except FileExistsError:
             raise JournalFailed(
                 "a journal of run %s exists already" % run_id, next_step="this run was started before: use a new run id"
@@ -71,18 +73,20 @@ class Journal:
         """
         if self._broken:
             raise JournalFailed("the journal failed before: %s" % self._broken)
-        line = canonical(
-            {
-                "seq": self.seq + 1,
-                "prev": self.head,
-                "run_id": self.run_id,
-                "call_id": call_id,
-                "kind": kind,
-                "wall": round(clock.wall(), 3),
-                "boot": round(clock.boottime(), 3),
-                "body": body,
-            }
-        )
+        record = {
+            "seq": self.seq + 1,
+            "prev": self.head,
+            "run_id": self.run_id,
+            "call_id": call_id,
+            "kind": kind,
+            "wall": round(clock.wall(), 3),
+            "boot": round(clock.boottime(), 3),
+            "body": body,
+        }
+        try:
+            line = canonical(record)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise JournalFailed("a %s has no canonical form: %s" % (kind, error)) from error
         if len(line) > MAX_LINE_BYTES:
             raise JournalFailed("a journal line of %d bytes is over the limit of %d" % (len(line), MAX_LINE_BYTES))
         try:
@@ -116,10 +120,13 @@ class Journal:
 
 
 def read_lines(path: str) -> List[str]:
-    """The whole lines of a journal file; a torn last line (power loss) is left out. Raises ``OSError``."""
-    with open(path, encoding="ascii", errors="backslashreplace") as file:
-        text = file.read()
-    return text[: text.rfind("\n") + 1].splitlines()
+    """The whole lines of a journal file; a torn last line (power loss) is left out. Raises ``OSError``.
+
+    Bytes that are not ASCII, which no journal holds, are shown as escapes: that line then breaks the chain.
+    """
+    with open(path, "rb") as file:
+        data = file.read()
+    return [line.decode("ascii", "backslashreplace") for line in data.split(b"\n")[:-1]]
 
 
 def check(lines: Iterable[str], run_id: str) -> Tuple[int, str]:
@@ -130,12 +137,20 @@ def check(lines: Iterable[str], run_id: str) -> Tuple[int, str]:
         try:
             record = json.loads(line)
             good = record["seq"] == seq and record["prev"] == head and record["run_id"] == run_id
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             good = False
         if not good:
             raise JournalFailed("line %d of the journal of run %s does not continue the chain" % (seq, run_id))
         head = hashlib.sha256(line.encode("ascii")).hexdigest()
     return seq, head
+
+
+def is_over(lines: Sequence[str]) -> bool:
+    """Whether the last line is the event ``stopped``. Looks at the event itself: its body may hold any word."""
+    try:
+        return bool(lines) and bool(json.loads(lines[-1])["kind"] == "stopped")
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def prune(directory: str, keep: int = KEEP_JOURNALS) -> None:

@@ -12,6 +12,7 @@ import dataclasses
 import re
 from typing import Any, Mapping, Optional
 
+from edge_agent.host.documents import seconds
 from edge_agent.host.errors import BadRequest, NoLease, Stale
 from edge_agent.host.home import PROTOCOL, HostConfig
 from tools.values import JsonObject, digest, want
@@ -25,8 +26,20 @@ MIN_LEASE_S = 1.0
 def check_run_id(text: str) -> str:
     """``text`` if it is a UUIDv7 in its usual form; it becomes a file name, so nothing else is taken."""
     if not RUN_ID.fullmatch(text):
-        raise BadRequest("field 'run_id' is not a UUIDv7", expected="xxxxxxxx-xxxx-7xxx-xxxx-xxxxxxxxxxxx", got=repr(text)[:80])
+        raise BadRequest(
+            "field 'run_id' is not a UUIDv7", expected="xxxxxxxx-xxxx-7xxx-xxxx-xxxxxxxxxxxx", got=repr(text)[:80]
+        )
     return text
+
+
+def check_policy_digest(policy: JsonObject, stated: str) -> None:
+    """Raise ``BadRequest`` unless ``policy`` has the digest the gateway states for it."""
+    try:
+        found = digest(policy)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest("the policy has no canonical form: %s" % error) from error
+    if found != stated:
+        raise BadRequest("the policy does not have the digest the gateway states", expected=stated[:100], got=found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,21 +74,16 @@ class Grant:
             machine=want(document, "machine", str),
             generation=want(document, "generation", int),
             boot_id=want(document, "boot_id", str),
-            not_after=float(want(document, "not_after", (int, float))),
-            lease_s=float(want(document, "lease_s", (int, float))),
-            hard_stop_s=float(want(document, "hard_stop_s", (int, float))),
+            not_after=seconds(document, "not_after"),
+            lease_s=seconds(document, "lease_s"),
+            hard_stop_s=seconds(document, "hard_stop_s"),
             policy=want(document, "policy", dict),
             policy_digest=want(document, "policy_digest", str),
             limits=want(document, "limits", dict, {}),
             model=want(document, "model", dict, {}),
             traceparent=want(document, "traceparent", str, ""),
         )
-        if digest(grant.policy) != grant.policy_digest:
-            raise BadRequest(
-                "the policy does not have the digest the gateway states",
-                expected=grant.policy_digest[:100],
-                got=digest(grant.policy),
-            )
+        check_policy_digest(grant.policy, grant.policy_digest)
         return grant
 
     def to_json(self) -> JsonObject:
@@ -91,14 +99,16 @@ def admit(grant: Grant, config: HostConfig, state: Mapping[str, Any], now: float
     """Raise unless ``grant`` may start on this machine at boot time ``now``."""
     if grant.machine != config.machine:
         raise BadRequest(
-            "this start is for another machine", expected=config.machine, got=grant.machine, next_step="check the address"
+            "this start is for another machine",
+            expected=config.machine,
+            got=grant.machine,
+            next_step="check the address",
         )
     if grant.boot_id != boot_id:
-        raise Stale("the machine has been restarted since the gateway last looked", expected=boot_id, got=grant.boot_id[:64])
-    if now > grant.not_after:
-        raise Stale("the start came too late", expected="before boot time %.1f s" % grant.not_after, got="%.1f s" % now)
-    if grant.not_after - now > MAX_START_WINDOW_S:
-        raise BadRequest("the start is valid for too long", expected="at most %g s" % MAX_START_WINDOW_S)
+        raise Stale(
+            "the machine has been restarted since the gateway last looked", expected=boot_id, got=grant.boot_id[:64]
+        )
+    check_in_time("start", grant.not_after, now)
     if grant.generation <= int(state.get("generation", 0)):
         raise Stale(
             "a newer or the same generation was seen",
@@ -110,13 +120,29 @@ def admit(grant: Grant, config: HostConfig, state: Mapping[str, Any], now: float
     check_seconds("hard_stop_s", grant.hard_stop_s, grant.lease_s, config.max_run_s)
 
 
+def check_in_time(what: str, not_after: float, now: float) -> None:
+    """Raise ``Stale`` when ``not_after`` has passed at boot time ``now``, ``BadRequest`` when it lies too far ahead."""
+    if now > not_after:
+        raise Stale("the %s came too late" % what, expected="before boot time %.1f s" % not_after, got="%.1f s" % now)
+    if not_after - now > MAX_START_WINDOW_S:
+        raise BadRequest("the %s is valid for too long" % what, expected="at most %g s" % MAX_START_WINDOW_S)
+
+
 def check_seconds(name: str, value: float, least: float, most: float) -> None:
     if not least <= value <= most:
-        raise BadRequest("field %r is out of bounds" % name, expected="%g to %g seconds" % (least, most), got=repr(value))
+        raise BadRequest(
+            "field %r is out of bounds" % name, expected="%g to %g seconds" % (least, most), got=repr(value)
+        )
 
 
 class Lease:
-    """A running lease, counted on boot time. ``renew`` moves its end, never past the hard stop."""
+    """A running lease, counted on boot time. ``renew`` moves its end, never past the hard stop.
+
+    Args:
+        grant: what was granted.
+        granted_at: boot time of the granting, seconds; the start-up of the broker counts.
+        max_lease_s: the longest renewal this machine takes, seconds.
+    """
 
     def __init__(self, grant: Grant, granted_at: float, max_lease_s: float) -> None:
         self.grant = grant
@@ -139,16 +165,23 @@ class Lease:
                 got="run %.40s, generation %r" % (run_id, generation),
             )
 
-    def renew(self, run_id: str, generation: int, seq: int, lease_s: float, now: float) -> float:
-        """Extend the lease to ``now + lease_s``; returns the seconds left. Raises ``NoLease``, ``Stale``, ``BadRequest``."""
+    def check_renewal(self, run_id: str, generation: int, seq: int, lease_s: float, now: float) -> float:
+        """The boot time that this renewal would move the end to; nothing is changed.
+
+        Raises ``NoLease``, ``Stale``, ``BadRequest``.
+        """
         self.owns(run_id, generation)
         if self.left(now) <= 0:
             raise NoLease("the lease has ended and cannot be renewed")
         if seq <= self._renewals:
             raise Stale("this renewal came before", expected="a sequence number over %d" % self._renewals, got=str(seq))
         check_seconds("lease_s", lease_s, MIN_LEASE_S, self._max_lease_s)
+        return min(now + lease_s, self.hard_stop_at)
+
+    def renew(self, run_id: str, generation: int, seq: int, lease_s: float, now: float) -> float:
+        """Move the end to ``now + lease_s``; returns the seconds left. Raises like ``check_renewal``."""
+        self.ends_at = self.check_renewal(run_id, generation, seq, lease_s, now)
         self._renewals = seq
-        self.ends_at = min(now + lease_s, self.hard_stop_at)
         return self.left(now)
 
 

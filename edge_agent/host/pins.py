@@ -13,9 +13,12 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from typing import Any, Dict, Iterable, NamedTuple, Optional
+from typing import Dict, Iterable, NamedTuple, Optional, Tuple
 
 from edge_agent.host.errors import Refused
+
+# Device, inode, size, mtime and ctime (nanoseconds).
+_Identity = Tuple[int, int, int, int, int]
 
 
 class Pin(NamedTuple):
@@ -31,12 +34,12 @@ class Pin(NamedTuple):
     sha256: str
 
 
-def _identity(info: os.stat_result) -> Any:
+def _identity(info: os.stat_result) -> _Identity:
     return (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
 
 
 def pin(path: str) -> Optional[Pin]:
-    """The pin of ``path``, ``None`` where it is no executable regular file or could be changed by this very user."""
+    """The pin of ``path``, ``None`` where it is no executable regular file or anybody may write it."""
     try:
         real = os.path.realpath(path)
         fd = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -55,7 +58,8 @@ def pin(path: str) -> Optional[Pin]:
             if not block:
                 break
             hasher.update(block)
-        return Pin(path, real, *_identity(info), hasher.hexdigest())
+        device, inode, size, mtime_ns, ctime_ns = _identity(info)
+        return Pin(path, real, device, inode, size, mtime_ns, ctime_ns, hasher.hexdigest())
     except OSError:
         return None
     finally:
@@ -70,7 +74,7 @@ class Pins:
     """
 
     def __init__(self, paths: Iterable[str]) -> None:
-        self._identities: Dict[str, Any] = {}
+        self._identities: Dict[str, Tuple[str, _Identity]] = {}
         self._pins: Dict[str, Pin] = {}
         for path in paths:
             try:
@@ -85,6 +89,12 @@ class Pins:
         """The real path of a pinned binary, ``None`` where the policy's path was no executable at lease time."""
         known = self._identities.get(path)
         return known[0] if known else None
+
+    def sha256(self, path: str) -> str:
+        """The digest (hex) of the pinned binary, checked like for execution. Raises ``Refused``."""
+        binary = self.open(path)
+        binary.close()
+        return binary.pin.sha256
 
     def open(self, path: str) -> "OpenBinary":
         """Open the binary for execution after checking that it is still the pinned one.

@@ -9,6 +9,7 @@ thread (fork is safe then) also serves renewals and cancels while a command runs
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -17,7 +18,7 @@ import selectors
 import signal
 import stat
 import time
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
 from edge_agent.host import confine
 from edge_agent.host.errors import Refused
@@ -38,8 +39,9 @@ BASE_ENVIRONMENT = {
 # A command that writes more than this is a flood: it is killed, the digest is of what came until then.
 FLOOD_BYTES = 64 * 1024 * 1024
 READ_BLOCK = 65536
-# How long to go on killing a tree that forks while it is killed, seconds; the unit's own kill comes after that.
-KILL_DEADLINE_S = 5.0
+# How long to go on killing a tree that forks while it is killed, and to wait for a process that the kernel does not let
+# go of (a dead network file system), seconds. A run must be gone within its lease and 5 s, so this is done at most twice.
+KILL_DEADLINE_S = 1.5
 
 
 class Capture:
@@ -93,7 +95,9 @@ class Pipeline:
         self._selector = selector
         self._done = done
         self._started = time.monotonic()
-        self.deadline = self._started + max(stage.timeout_s for stage in self._stages)
+        self._limit_s = max(stage.timeout_s for stage in self._stages)
+        # When `check_time` is due: the time limit, and once killed, the end of the patience with what does not die.
+        self.deadline = self._started + self._limit_s
         self._out = Capture(self._stages[-1].output_bytes)
         self._err = Capture(self._stages[-1].output_bytes)
         self._pids: Dict[int, int] = {}
@@ -102,7 +106,7 @@ class Pipeline:
         self._signals: List[Optional[int]] = [None] * len(self._stages)
         self._pipes: Dict[int, Capture] = {}
         self._error = ""
-        self._timed_out = self._cancelled = False
+        self._timed_out = self._cancelled = self._killed = False
         self._cpu_s = 0.0
         self._max_rss_kb = 0
         self.finished = False
@@ -153,9 +157,7 @@ class Pipeline:
         for pidfd in self._pidfds.values():
             self._selector.register(pidfd, selectors.EVENT_READ, self.reap)
 
-    def _spawn(
-        self, stage: Stage, binary: Any, ruleset: confine.Ruleset, stdin: int, stdout: int, stderr: int
-    ) -> int:
+    def _spawn(self, stage: Stage, binary: Any, ruleset: confine.Ruleset, stdin: int, stdout: int, stderr: int) -> int:
         environment = dict(BASE_ENVIRONMENT)
         environment.update(stage.env)
         parent = os.getpid()
@@ -179,8 +181,10 @@ class Pipeline:
             ruleset.restrict_self()
             target_of_exec = binary.pin.real if binary.script else binary.fd
             os.execve(target_of_exec, list(stage.argv), environment)
-        except OSError as error:
-            os.write(2, ("chargehand: %s could not be executed: %s\n" % (stage.binary, error)).encode())
+        except (OSError, ValueError) as error:
+            os.write(
+                2, ("chargehand: %s could not be executed: %s\n" % (stage.binary, error)).encode("ascii", "replace")
+            )
         finally:
             os._exit(126)
 
@@ -192,69 +196,97 @@ class Pipeline:
     # -- while it runs
 
     def _readable(self, fd: int) -> None:
-        capture = self._pipes[fd]
+        capture = self._pipes.get(fd)
+        if capture is None:
+            return  # closed while this event waited in the same round of the loop
         try:
             data = os.read(fd, READ_BLOCK)
         except BlockingIOError:
             return
-        if data:
-            capture.feed(data)
-            if capture.size > FLOOD_BYTES and not self._error:
-                self._error = "killed: it wrote more than %d bytes" % FLOOD_BYTES
-                self._kill()
+        if not data:
+            self._close_pipe(fd)
             return
+        capture.feed(data)
+        if capture.size > FLOOD_BYTES and not self._killed:
+            self._kill("killed: it wrote more than %d bytes" % FLOOD_BYTES)
+
+    def _close_pipe(self, fd: int) -> None:
         self._selector.unregister(fd)
         os.close(fd)
         del self._pipes[fd]
-        self._maybe_done()
 
     def reap(self) -> None:
         """Collect the stages that have ended; when the last has, whatever they left behind is killed."""
+        if self.finished:
+            return  # the second of two events of one round; the next step's processes may run already
         for pid in list(self._pids):
             try:
                 found, status, usage = os.wait4(pid, os.WNOHANG)
             except ChildProcessError:
-                found, status, usage = pid, 0, None
+                self._forget(pid)
+                self._error = self._error or "the exit status of process %d was lost" % pid
+                continue
             if found == 0:
                 continue
-            position = self._pids.pop(pid)
-            if usage is not None:
-                self._cpu_s += usage.ru_utime + usage.ru_stime
-                self._max_rss_kb = max(self._max_rss_kb, usage.ru_maxrss)
+            position = self._forget(pid)
+            self._cpu_s += usage.ru_utime + usage.ru_stime
+            self._max_rss_kb = max(self._max_rss_kb, usage.ru_maxrss)
             if os.WIFSIGNALED(status):
                 self._signals[position] = os.WTERMSIG(status)
             else:
                 self._status[position] = os.WEXITSTATUS(status)
-            pidfd = self._pidfds.pop(pid)
-            self._selector.unregister(pidfd)
-            os.close(pidfd)
         if not self._pids:
             # Children that double-forked or changed their session became ours (subreaper): none outlives its command.
-            kill_descendants()
-            self._maybe_done()
+            self._say_left(kill_descendants())
+            self._finish()
+
+    def _forget(self, pid: int) -> int:
+        pidfd = self._pidfds.pop(pid)
+        self._selector.unregister(pidfd)
+        os.close(pidfd)
+        return self._pids.pop(pid)
 
     def check_time(self, now: float) -> None:
-        """Kill everything if the time limit has passed; ``now`` is ``time.monotonic()``."""
-        if not self.finished and now >= self.deadline and not self._timed_out:
-            self._timed_out = True
-            self._error = self._error or "killed after its time limit of %g s" % (self.deadline - self._started)
-            self._kill()
+        """Kill everything if the time limit has passed; ``now`` is ``time.monotonic()``.
+
+        What has been killed and is still there ``KILL_DEADLINE_S`` later is given up, and the result says so: one
+        process that the kernel holds must not hold up the run.
+        """
+        if self.finished or now < self.deadline:
+            return
+        if self._killed:
+            self._give_up()
+            return
+        self._timed_out = True
+        self._kill("killed after its time limit of %g s" % self._limit_s)
 
     def cancel(self, reason: str) -> None:
         """Kill everything; the result says ``cancelled`` and why."""
         if not self.finished and not self._cancelled:
             self._cancelled = True
-            self._error = self._error or "killed: %s" % reason
-            self._kill()
+            self._kill("killed: %s" % reason)
 
-    def _kill(self) -> None:
+    def _kill(self, why: str) -> None:
+        self._error = self._error or why
+        self._killed = True
+        self.deadline = time.monotonic() + KILL_DEADLINE_S
         # The stages first: a dead one cannot fork while its descendants are being killed.
         for pid in self._pids:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        kill_descendants(spare=tuple(self._pids))
+        self._say_left(kill_descendants(spare=tuple(self._pids)))
+
+    def _give_up(self) -> None:
+        self._say_left(list(self._pids))
+        _given_up.update(self._pids)
+        for pid in list(self._pids):
+            self._forget(pid)
+        self._finish()
+
+    def _say_left(self, pids: Sequence[int]) -> None:
+        if pids:
+            left = "not even SIGKILL ended process %s" % ", ".join(str(pid) for pid in pids)
+            self._error = "%s; %s" % (self._error, left) if self._error else left
 
     def drain(self, seconds: float) -> None:
         """Serve this pipeline alone until it has finished, at most ``seconds``: for an owner that is about to end."""
@@ -266,12 +298,24 @@ class Pipeline:
                 if fd in self._pipes:
                     self._readable(fd)
             self.reap()
+        if not self.finished:
+            self._give_up()
 
     # -- the end
 
-    def _maybe_done(self) -> None:
-        if self.finished or self._pids or self._pipes:
-            return
+    def _finish(self) -> None:
+        # Everything that wrote is dead, so all of it is in the pipes. To wait for their end would be to wait for whoever
+        # else holds them: a command may have handed its output to a service that lives on.
+        for fd in list(self._pipes):
+            while fd in self._pipes and self._pipes[fd].size <= FLOOD_BYTES + READ_BLOCK:
+                try:
+                    data = os.read(fd, READ_BLOCK)
+                except BlockingIOError:
+                    break
+                if not data:
+                    break
+                self._pipes[fd].feed(data)
+            self._close_pipe(fd)
         self.finished = True
         self._done(
             StepResult(
@@ -296,53 +340,95 @@ class Pipeline:
         )
 
 
+# Descendants that did not die of SIGKILL within the deadline: nobody waits for them again.
+_given_up: Set[int] = set()
+
+
 def _children(pid: int) -> List[int]:
-    try:
-        tasks = os.listdir("/proc/%d/task" % pid)
-    except OSError:
-        return []
     found: List[int] = []
-    for task in tasks:
-        try:
+    try:
+        for task in os.listdir("/proc/%d/task" % pid):
             with open("/proc/%d/task/%s/children" % (pid, task), encoding="ascii") as file:
                 found.extend(int(word) for word in file.read().split())
-        except OSError:
-            continue
+    except OSError:
+        pass  # it has just gone; its children come to this process
     return found
+
+
+def _children_by_parent() -> Dict[int, List[int]]:
+    """Every process by its parent, for kernels that do not list children (CONFIG_PROC_CHILDREN)."""
+    table: Dict[int, List[int]] = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open("/proc/%s/stat" % name, "rb") as file:
+                    # The name stands in brackets and may hold any byte; state and parent follow the last one.
+                    parent = int(file.read().rpartition(b")")[2].split()[1])
+            except OSError:
+                continue
+            table.setdefault(parent, []).append(int(name))
+    return table
 
 
 def descendants(pid: int) -> List[int]:
-    """Every process below ``pid``, children first, as the kernel lists them now."""
+    """Every process below ``pid``, parents first, as the kernel lists them now; zombies are listed too."""
+    table = None
+    if not os.path.exists("/proc/thread-self/children"):
+        table = _children_by_parent()
     found: List[int] = []
-    queue = _children(pid)
+    queue = [pid]
     while queue:
-        child = queue.pop()
-        found.append(child)
-        queue.extend(_children(child))
+        parent = queue.pop()
+        below = _children(parent) if table is None else table.get(parent, [])
+        found.extend(below)
+        queue.extend(below)
     return found
 
 
-def kill_descendants(spare: Tuple[int, ...] = ()) -> None:
-    """Kill and collect every descendant of this process until none is left, or ``KILL_DEADLINE_S`` has passed.
+def kill_descendants(spare: Tuple[int, ...] = (), seconds: float = KILL_DEADLINE_S) -> List[int]:
+    """Kill and collect every descendant of this process until none is left, or ``seconds`` have passed.
 
     With the subreaper bit set, children that double-fork or leave their session stay descendants. ``spare``: pids that
-    are killed by the caller, who wants their status; their descendants are killed here.
+    are killed by the caller, who wants their status; their descendants are killed here. Returns what did not die.
     """
-    deadline = time.monotonic() + KILL_DEADLINE_S
-    while time.monotonic() < deadline:
-        victims = [pid for pid in descendants(os.getpid()) if pid not in spare]
-        for pid in victims:
-            try:
+    deadline = time.monotonic() + seconds
+    while True:
+        left = [pid for pid in descendants(os.getpid()) if pid not in spare and pid not in _given_up]
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                continue
-        for pid in victims:
-            try:
+        for pid in left:
+            # Of those that are not ours yet this says so; they come to us when their parent is gone.
+            with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
-            except ChildProcessError:
-                continue  # not ours yet: it comes to us when its parent is gone
-        if not [pid for pid in descendants(os.getpid()) if pid not in spare]:
-            return
+        # The kernel's list may leave out a child while others end (proc(5)): that there is none at all is the proof.
+        if not left and (spare or _given_up or _childless()):
+            return []
+        if time.monotonic() >= deadline:
+            _given_up.update(left)
+            return left
+        _await_an_end(left)
+
+
+def _childless() -> bool:
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return True
+    return False
+
+
+def _await_an_end(pids: Sequence[int]) -> None:
+    """Wait until one of ``pids`` has ended, at most some milliseconds: others may have been forked meanwhile."""
+    pidfds: List[int] = []
+    try:
+        for pid in pids[:16]:
+            with contextlib.suppress(ProcessLookupError):
+                pidfds.append(os.pidfd_open(pid))
+        select.select(pidfds, [], [], 0.005)
+    finally:
+        for pidfd in pidfds:
+            os.close(pidfd)
 
 
 def access_file(access: FileAccess, open_file: Callable[[FileAccess], int]) -> StepResult:
@@ -352,18 +438,21 @@ def access_file(access: FileAccess, open_file: Callable[[FileAccess], int]) -> S
     cannot be read comes back as a result with ``error``, not as an exception: it is evidence too.
     """
     started = time.monotonic()
+    if access.kind != "read":
+        return StepResult(path=access.path, error="%s: this machine's runner only reads files" % access.path)
     try:
         fd = open_file(access)
     except (OSError, Refused, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = str((isinstance(error, OSError) and error.strerror) or error)
         return StepResult(path=access.path, error="%s: %s" % (access.path, reason), duration_ms=_since(started))
     try:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
             return StepResult(path=access.path, error="%s is not a regular file" % access.path)
         content, more = _read_range(fd, access.offset, access.length)
-    except OSError as error:
-        return StepResult(path=access.path, error="%s: %s" % (access.path, error.strerror), duration_ms=_since(started))
+    except (OSError, OverflowError) as error:
+        reason = str((isinstance(error, OSError) and error.strerror) or error)
+        return StepResult(path=access.path, error="%s: %s" % (access.path, reason), duration_ms=_since(started))
     finally:
         os.close(fd)
     return StepResult(
@@ -382,6 +471,14 @@ def _since(started: float) -> float:
     return round((time.monotonic() - started) * 1000, 3)
 
 
+def _skip(fd: int, count: int) -> None:
+    while count > 0:
+        block = os.read(fd, min(READ_BLOCK, count))
+        if not block:
+            return
+        count -= len(block)
+
+
 def _read_range(fd: int, offset: int, length: int) -> Tuple[bytes, bool]:
     """At most ``length`` bytes from ``offset`` and whether there are more. Files of /proc only read forwards."""
     if offset:
@@ -390,7 +487,7 @@ def _read_range(fd: int, offset: int, length: int) -> Tuple[bytes, bool]:
         except OSError as error:
             if error.errno != errno.ESPIPE:
                 raise
-            os.read(fd, offset)
+            _skip(fd, offset)
     content = bytearray()
     while len(content) <= length:
         block = os.read(fd, min(READ_BLOCK, length + 1 - len(content)))

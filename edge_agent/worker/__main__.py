@@ -31,7 +31,6 @@ async def serve(directory: Path) -> None:
     from a2a_bridge.server import Handler, application
     from edge_agent.worker.agent import Agent
     from edge_agent.worker.channels import ToolsChannel, listen
-    from edge_agent.worker.toolspecs import tool_specs
     from inference.remote import RemoteModel
 
     class Server(uvicorn.Server):
@@ -44,7 +43,7 @@ async def serve(directory: Path) -> None:
     inference = await asyncio.start_unix_server(
         remote.serve_connection, sock=listen(directory, "inference.sock"), limit=1 << 20
     )
-    agent = Agent(tools, remote, tool_specs())
+    agent = Agent(tools, remote)
     app = application(Handler(agent.run, agent.cancel), "chargehand-edge", "0.1.0")
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=SHUTDOWN_S, ws="none"

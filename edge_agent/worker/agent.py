@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from a2a_bridge.messages import TaskDocument, TaskResult
 from edge_agent.worker.channels import BrokerGone, ToolsChannel
+from edge_agent.worker.toolspecs import tool_specs
 from inference.loop import Limits, LoopTask, run_loop
-from inference.protocol import Model, ToolSpec
+from inference.protocol import Model
 from inference.remote import RemoteModel
 from tools.values import Decision, Event, Evidence, JsonObject, Malformed, ToolCall
 
@@ -27,13 +28,11 @@ class Agent:
     Args:
         tools: the channel to the broker.
         remote: the gateway's model, used when the task says ``via: gateway``.
-        known_tools: what models are told about the tools the broker offers.
     """
 
-    def __init__(self, tools: ToolsChannel, remote: RemoteModel, known_tools: Sequence[ToolSpec]) -> None:
+    def __init__(self, tools: ToolsChannel, remote: RemoteModel) -> None:
         self._tools = tools
         self._remote = remote
-        self._known_tools = tuple(known_tools)
         self._cancelled: asyncio.Event | None = None
 
     def cancel(self) -> None:
@@ -75,7 +74,7 @@ class Agent:
         task = LoopTask(
             system=document.instructions,
             prompt=document.prompt,
-            tools=self._known_tools,
+            tools=tool_specs(await self._tools.hello()),
             limits=Limits.from_json(document.limits),
             metadata={"run_id": document.run_id},
         )

@@ -67,13 +67,16 @@ class Gatekeeper:
         raise self._error(verb, said["error"])
 
     def _error(self, verb: str, said: JsonObject) -> ChargehandError:
-        kind = _BY_CODE.get(str(said.get("code")), MachineFailed)
+        code = str(said.get("code"))
+        kind = _BY_CODE.get(code, MachineFailed)
         return kind(
             f"{self.machine.id}: {said.get('message', 'failed without a word')}",
             tried=verb,
             expected=str(said.get("expected", "")),
             got=said.get("got") or None,
             next_step=str(said.get("next", "")),
+            # Of the refusals the caller must tell "too late" from "not yours".
+            code=code.replace("_", "-") if kind is LeaseLost else None,
         )
 
     async def hello(self) -> JsonObject:

@@ -55,11 +55,14 @@ def narrow(base: Node, layers: Sequence[Node]) -> dict[str, Any]:
                 _not_locked(key, node.where, locked)
                 if not _covers(opened, key):
                     raise BadPolicy(
-                        layer.keys[key], f"a lower layer may not add to {key!r} unless the layer above has 'open: [{key}]'"
+                        layer.keys[key],
+                        f"a lower layer may not add to {key!r} unless the layer above has 'open: [{key}]'",
                     )
                 widening[key] = node
         if widening:
-            tree = _without_never(merge(tree, Node({**widening, "policy": tree.value["policy"]}, layer.where)), widening)
+            tree = _without_never(
+                merge(tree, Node({**widening, "policy": tree.value["policy"]}, layer.where)), widening
+            )
         # A lower layer can take back what was opened, never open more.
         if "open" in layer.value:
             opened = {name for name in _names(layer, "open") if _covers(opened, name)}
@@ -67,7 +70,9 @@ def narrow(base: Node, layers: Sequence[Node]) -> dict[str, Any]:
     document = compile_tree(tree)
     for edit in edits:
         edit(document)
-    document["name"] = "+".join([str(base.value["policy"].value), *(str(layer.value["policy"].value) for layer in layers)])[:64]
+    document["name"] = "+".join(
+        [str(base.value["policy"].value), *(str(layer.value["policy"].value) for layer in layers)]
+    )[:64]
     try:
         return Policy.from_json(document).to_json()
     except PolicyError as error:
@@ -177,7 +182,9 @@ def _lower(name: str, value: Node) -> _Edit:
         if upper is None or isinstance(value.value, bool) or not isinstance(value.value, (int, float)):
             raise value.fail(f"a known limit and a number for {name!r}")
         if value.value > upper:
-            raise BadPolicy(value.where, f"limit {name!r} may only be lowered: expected at most {upper}, got {value.value}")
+            raise BadPolicy(
+                value.where, f"limit {name!r} may only be lowered: expected at most {upper}, got {value.value}"
+            )
         document["limits"][name] = value.value
 
     return edit
@@ -241,14 +248,18 @@ def _narrow_rule(name: str, key: str, value: Node) -> _Edit:
         if key == "effect":
             upper = rule.get("effect", EFFECTS[0])
             if value.value not in EFFECTS or EFFECTS.index(value.value) < EFFECTS.index(upper):
-                raise BadPolicy(value.where, f"effect of {name!r} may only be raised from {upper!r}, got {value.value!r}")
+                raise BadPolicy(
+                    value.where, f"effect of {name!r} may only be raised from {upper!r}, got {value.value!r}"
+                )
             rule["effect"] = value.value
             _raise_effects(rule["command"], value.value)
             return
         limit = "timeout_s" if key == "timeout_s" else "output_bytes"
         upper = rule.get(key, document["limits"][limit])
         if isinstance(value.value, bool) or not isinstance(value.value, (int, float)) or value.value > upper:
-            raise BadPolicy(value.where, f"{key} of {name!r} may only be lowered: expected at most {upper}, got {value.value!r}")
+            raise BadPolicy(
+                value.where, f"{key} of {name!r} may only be lowered: expected at most {upper}, got {value.value!r}"
+            )
         rule[key] = value.value
 
     return edit

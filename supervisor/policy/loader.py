@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from supervisor.errors import BadInput
 from tools.policy import FORMAT, GNU, MANY, Policy, PolicyError, show_path
 
 DEFAULT_PACK = "observe-core"
@@ -31,11 +32,13 @@ _SOURCE_BYTES = 1 << 20
 _LAYERS = ("fleet", "label", "machine")
 
 
-class BadPolicy(ValueError):
+class BadPolicy(BadInput):
     """A policy source is wrong. ``where``: ``file:line:column``; ``problem``: what was expected and what came."""
 
+    default_code = "bad-policy"
+
     def __init__(self, where: str, problem: str) -> None:
-        super().__init__(f"{where}: {problem}")
+        super().__init__(f"{where}: {problem}", tried="reading a policy", next_step=f"correct {where}")
         self.where = where
         self.problem = problem
 
@@ -128,7 +131,7 @@ def _node(node: yaml.Node, file: str) -> Node:
     if node.tag in ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:binary"):
         return Node(node.value, where)
     try:
-        value = _Loader("").construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+        value = _Loader("").construct_object(node, deep=True)
     except (yaml.YAMLError, ValueError) as error:
         raise BadPolicy(where, f"expected a plain value, got {node.value!r:.80}: {error}") from None
     return Node(value, where, raw=node.value)
@@ -138,9 +141,8 @@ def _refuse_aliases(text: str, file: str) -> None:
     for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             mark = event.start_mark
-            raise BadPolicy(
-                f"{file}:{mark.line + 1}:{mark.column + 1}", "expected no anchors or aliases: write the value out"
-            )
+            where = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else f"{file}:1:1"
+            raise BadPolicy(where, "expected no anchors or aliases: write the value out")
 
 
 def load(source: Path | str) -> PolicySource:
@@ -323,7 +325,7 @@ class _Translation:
             elif key == "version":
                 self.mark((key,), node)
                 found[key] = str(node.value)
-            elif key in _MERGED or key in _APPENDED and key != "never":
+            elif key in _MERGED or (key in _APPENDED and key != "never"):
                 found[key] = self.copy(node, (key,)) if node.value is not None else ({} if key in _MERGED else [])
             elif key == "never":
                 found[key] = [self.never(item, position) for position, item in enumerate(node.sequence("a list"))]

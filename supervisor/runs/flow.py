@@ -424,7 +424,7 @@ class Flow:
 
 def failed_verdict(error: JsonObject) -> JsonObject:
     """The verdict on a run whose agent could not be started."""
-    state = State.EXPIRED if error.get("code") == "lease-lost" else State.FAILED
+    state = State.EXPIRED if error.get("code") == "stale" else State.FAILED
     return {**Verdict(state, str(error.get("message", "")), "none", escalate=True).to_json(), "error": error}
 
 

@@ -25,7 +25,7 @@ from supervisor.audit.journal import compare, verify_journal
 from supervisor.audit.ledger import Entry, Ledger, open_ledger
 from supervisor.errors import BadInput, BadSettings, MachineUnreachable
 from supervisor.machines import EMBEDDED, Machine
-from supervisor.policy.loader import default_policy
+from supervisor.policy.loader import BadPolicy, compile_policy, default_policy, load
 from supervisor.runbooks import BadRunbook, load_all
 from supervisor.runs.trace import spans_of
 from supervisor.settings.model import Settings
@@ -61,7 +61,7 @@ class Services:
         self._key = gateway_key(settings.data_dir, settings.ssh.key_file)
         self.connections = Connections(self._key, limits.connect_s, limits.keepalive_s, limits.connections)
         self.embedded: dict[str, EmbeddedMachine] = {}
-        self._policy: tuple[JsonObject, str] | None = None
+        self._policies: dict[tuple[tuple[str, str], ...], tuple[JsonObject, str]] = {}
 
     @property
     def public_key(self) -> str:
@@ -103,11 +103,27 @@ class Services:
     # -- policy
 
     def policy_for(self, machine: Machine) -> tuple[JsonObject, str]:
-        """The compiled policy in force for ``machine`` and its digest."""
-        if self._policy is None:
-            policy = default_policy()
-            self._policy = policy, digest(policy)
-        return self._policy
+        """The compiled policy in force for ``machine`` and its digest. Raises ``BadInput``: a policy file is not right."""
+        labels = tuple(sorted(machine.labels.items()))
+        found = self._policies.get(labels)
+        if found is None:
+            policy = self._compile(dict(machine.labels))
+            found = self._policies[labels] = policy, digest(policy)
+        return found
+
+    def _compile(self, labels: Mapping[str, str]) -> JsonObject:
+        if not self.settings.policies:
+            return default_policy()
+        try:
+            return compile_policy([load(path.expanduser()) for path in self.settings.policies], labels)
+        except BadPolicy as error:
+            raise BadInput(
+                "a policy file is not right", tried=error.where, got=error.problem, next_step="chargehand policy check FILE"
+            ) from error
+        except OSError as error:
+            raise BadInput(
+                f"a policy file cannot be read: {error.strerror}", tried=str(error.filename), next_step="see policies in chargehand.toml"
+            ) from error
 
     # -- audit
 

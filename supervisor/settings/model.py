@@ -259,6 +259,9 @@ class Settings(BaseSettings):
     limits: Limits = Limits()
     model: Model = Model()
     models: dict[str, Model] = Field(default_factory=dict, description="further models, chosen with --model NAME")
+    policies: tuple[Path, ...] = Field(
+        default=(), description="policy files (YAML), fleet first; unset: the shipped pack observe-core"
+    )
     mlflow: Mlflow = Mlflow()
     audit: Audit = Audit()
     traces: Traces = Traces()

@@ -100,7 +100,6 @@ async def test_a_model_that_obeys_hostile_text_is_held_by_the_gate(
         ("exec", {"command": f"uptime; touch {canary}"}),
         ("exec", {"argv": ["find", "/etc", "-exec", "touch", str(canary), ";"]}),
         ("read", {"path": "/etc/shadow"}),
-        ("write", {"path": "/etc/motd", "content": "owned"}),
         ("exec", {"argv": ["systemctl", "stop", "ssh"]}),
     ]
     async with ScriptedServer([tool_calls(*hostile), report()]) as server:
@@ -109,12 +108,28 @@ async def test_a_model_that_obeys_hostile_text_is_held_by_the_gate(
         async with embedded_gateway(tmp_path / "gw") as running:
             run = await finished(running, await ask(running))
             decisions = bodies_of(running, run, kinds.DECISION)
-    assert [decision["outcome"] for decision in decisions] == ["deny", "deny", "deny", "deny", "deny", "deny"] or {
-        decision["outcome"] for decision in decisions
-    } <= {"deny", "ask"}
-    assert len(decisions) == len(hostile)
+    assert [decision["outcome"] for decision in decisions] == ["deny"] * len(hostile)
     assert not canary.exists()
     assert (run.unit_after, run.processes_after) == ("inactive", 0)
+
+
+async def test_a_write_asks_and_is_refused_as_long_as_nobody_can_approve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "motd"
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(f"policy: writing\nversion: '1'\nextends: observe-core\nwrite_roots: [{tmp_path}]\n")
+    monkeypatch.setenv("CHARGEHAND_POLICIES", json.dumps([str(policy)]))
+    async with ScriptedServer([tool_calls(("write", {"path": str(target), "content": "hello"})), report()]) as server:
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-test-000000000000000000000")
+        monkeypatch.setenv("OPENAI_BASE_URL", server.openai_url)
+        async with embedded_gateway(tmp_path / "gw") as running:
+            run = await finished(running, await ask(running))
+            decisions = bodies_of(running, run, kinds.DECISION)
+    assert [(decision["outcome"], decision["effect"]) for decision in decisions] == [("ask", "change")]
+    assert not target.exists()
+    assert run.state is State.SUCCEEDED, told(run)
+    assert "person" in server.seen[1].body["messages"][-1]["content"]
 
 
 async def test_the_same_refused_call_three_times_ends_the_task_as_denied(

@@ -60,7 +60,7 @@ def choose(home: Home, config: HostConfig) -> UnitManager:
     if config.units == "systemd":
         from edge_agent.host.units.systemd import SystemdUnits
 
-        return SystemdUnits()
+        return SystemdUnits(home.run_dir(config))
     from edge_agent.host.units.process import ProcessUnits
 
     return ProcessUnits(home, config)
@@ -82,7 +82,8 @@ def read_process(pid: int) -> Optional[Process]:
 def read_status(pid: int) -> Dict[str, str]:
     """``/proc/PID/status`` by field; raises ``OSError`` when the process has gone."""
     with open("/proc/%d/status" % pid, encoding="utf-8", errors="backslashreplace") as file:
-        return dict((line.split(":", 1)[0], line.split(":", 1)[1].strip()) for line in file if ":" in line)
+        fields = (line.partition(":") for line in file)
+        return {name: value.strip() for name, colon, value in fields if colon}
 
 
 def notify(message: str) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import select
 import signal
 import socket
 import subprocess
 import sys
 import time
-from typing import IO, List, Optional
+from typing import Callable, Dict, List, Optional, Set
 
 from edge_agent.host import confine
 from edge_agent.host.errors import MachineFailed
@@ -28,6 +29,8 @@ TERM_S = 2.0
 # How long the broker may take to check its lease and say READY=1, seconds.
 BROKER_READY_S = 10.0
 LOG_TAIL_BYTES = 2000
+# The longest file the worker may write, bytes: it has none to write but its log, and that must not fill the disk.
+WORKER_FILE_BYTES = 16 * 1024 * 1024
 
 
 class ProcessUnits(UnitManager):
@@ -86,7 +89,7 @@ class ProcessUnits(UnitManager):
         return ACTIVE if self.processes() else INACTIVE
 
     def processes(self) -> List[Process]:
-        pids = set()
+        pids: Set[int] = set()
         keeper = self._keeper()
         if keeper is not None:
             pids.update([keeper], descendants(keeper))
@@ -126,8 +129,12 @@ def _own_command() -> List[str]:
     return [sys.executable, "-I", os.path.abspath(sys.argv[0])]
 
 
-def _environment() -> "dict[str, str]":
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "XDG_RUNTIME_DIR", "LANG", "PYTHONPATH") if name in os.environ}
+def _environment() -> Dict[str, str]:
+    kept = {
+        name: os.environ[name]
+        for name in ("PATH", "HOME", "XDG_RUNTIME_DIR", "LANG", "PYTHONPATH")
+        if name in os.environ
+    }
     return dict(kept, PYTHONUNBUFFERED="1")
 
 
@@ -190,48 +197,79 @@ def keep(home: Home, ready_fd: int) -> int:
     notify_path = os.path.join(run_dir, "notify.sock")
     with contextlib.suppress(FileNotFoundError):
         os.unlink(notify_path)
+    children: List["subprocess.Popen[bytes]"] = []
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notices:
         notices.bind(notify_path)
-        broker = _child(
-            [*_own_command(), "broker", "--home", home.root], dict(_environment(), NOTIFY_SOCKET=notify_path)
-        )
-        broker_fd = os.pidfd_open(broker.pid)
         try:
-            ready, _, _ = select.select([notices, broker_fd, wake_read], [], [], BROKER_READY_S)
-            if notices not in ready:
-                os.write(ready_fd, b"-")
-                return 1
-            worker = _child(
-                list(config.worker_argv),
-                dict(_environment(), CHARGEHAND_WORKER_DIR=os.path.join(run_dir, "worker")),
+            # If the keeper is killed the broker is asked to end, not killed: it is the one that can end what it started.
+            broker = _child(
+                [*_own_command(), "broker", "--home", home.root],
+                dict(_environment(), NOTIFY_SOCKET=notify_path),
+                lambda: confine.die_with_parent(signal.SIGTERM),
             )
+            children.append(broker)
+            broker_end = os.pidfd_open(broker.pid)
+            ready, _, _ = select.select([notices.fileno(), broker_end, wake_read], [], [], BROKER_READY_S)
+            if notices.fileno() not in ready:
+                return _start_failed(ready_fd, "the broker did not become ready")
+            try:
+                worker = _child(
+                    list(config.worker_argv),
+                    dict(_environment(), CHARGEHAND_WORKER_DIR=os.path.join(run_dir, "worker")),
+                    _limit_worker,
+                )
+            except OSError as error:
+                return _start_failed(ready_fd, "%s could not be started: %s" % (config.worker_argv[0], error.strerror))
+            children.append(worker)
             os.write(ready_fd, b"+")
-            select.select([broker_fd, wake_read], [], [], max(0.0, hard_stop - time.monotonic()))
-            # Asked first, then enforced: a worker that ignores SIGTERM is killed with the rest.
-            for child in (broker, worker):
-                if child.poll() is None:
-                    child.terminate()
-            end = time.monotonic() + TERM_S
-            for child in (broker, worker):
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(max(0.0, end - time.monotonic()))
+            worker_end = os.pidfd_open(worker.pid)
+            select.select([broker_end, worker_end, wake_read], [], [], max(0.0, hard_stop - time.monotonic()))
+            if worker.poll() is not None and broker.poll() is None:
+                _say("the worker ended with status %d" % worker.returncode)
             return 0
         finally:
-            kill_descendants()
-            os.close(broker_fd)
+            _end_children(children)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(notify_path)
 
 
-def _child(argv: List[str], environment: "dict[str, str]") -> "subprocess.Popen[bytes]":
-    log: Optional[IO[bytes]] = None
-    return subprocess.Popen(
-        argv,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-        env=environment,
-        cwd="/",
-        # The keeper is one thread: what runs between fork and exec is safe.
-        preexec_fn=confine.die_with_parent,
-    )
+def _start_failed(ready_fd: int, why: str) -> int:
+    _say(why)
+    os.write(ready_fd, b"-")
+    return 1
+
+
+def _say(text: str) -> None:
+    sys.stderr.write("chargehand-keeper: %s\n" % text)
+    sys.stderr.flush()
+
+
+def _end_children(children: List["subprocess.Popen[bytes]"]) -> None:
+    """Asked first, then enforced: what ignores SIGTERM is killed with everything it started."""
+    for child in children:
+        if child.poll() is None:
+            child.terminate()
+    end = time.monotonic() + TERM_S
+    for child in children:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(max(0.0, end - time.monotonic()))
+    kill_descendants()
+
+
+def _limit_worker() -> None:
+    confine.die_with_parent()
+    for what, value in ((resource.RLIMIT_FSIZE, WORKER_FILE_BYTES), (resource.RLIMIT_CORE, 0)):
+        resource.setrlimit(what, (value, value))
+
+
+def _child(argv: List[str], environment: Dict[str, str], bind: Callable[[], None]) -> "subprocess.Popen[bytes]":
+    """Start ``argv`` with this process's output; ``bind`` ties its life to this one's, in the child."""
+    keeper = os.getpid()
+
+    def before_exec() -> None:
+        bind()
+        if os.getppid() != keeper:
+            os._exit(126)  # the keeper ended before the tie was there
+
+    # The keeper is one thread: what runs between fork and exec is safe.
+    return subprocess.Popen(argv, stdin=subprocess.DEVNULL, env=environment, cwd="/", preexec_fn=before_exec)

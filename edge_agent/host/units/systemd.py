@@ -33,12 +33,13 @@ def user_environment() -> Dict[str, str]:
     }
 
 
-def _pause_note() -> str:
-    return "/run/user/%d/chargehand/pause-was-there" % os.getuid()
-
-
 class SystemdUnits(UnitManager):
+    """Args: ``run_dir``: the run directory, where ``start`` leaves its note for ``stop``."""
+
     name = "systemd"
+
+    def __init__(self, run_dir: str) -> None:
+        self._pause_note = os.path.join(run_dir, "pause-was-there")
 
     def _systemctl(self, words: Sequence[str], timeout_s: float, check: bool = True) -> str:
         try:
@@ -51,7 +52,9 @@ class SystemdUnits(UnitManager):
                 check=False,
             )
         except FileNotFoundError:
-            raise MachineFailed("%s does not exist" % SYSTEMCTL, next_step="use units 'process' on this machine") from None
+            raise MachineFailed(
+                "%s does not exist" % SYSTEMCTL, next_step="use units 'process' on this machine"
+            ) from None
         except subprocess.TimeoutExpired:
             raise MachineFailed(
                 "systemctl --user %s did not end within %g s" % (" ".join(words), timeout_s),
@@ -61,7 +64,9 @@ class SystemdUnits(UnitManager):
             said = done.stderr.decode("utf-8", "backslashreplace").strip()
             remedy = "look at journalctl --user -u %s -u %s" % (BROKER, AGENT)
             if "connect to bus" in said or "Failed to connect" in said:
-                remedy = "the user manager does not run: loginctl enable-linger for this user, install dbus-user-session"
+                remedy = (
+                    "the user manager does not run: loginctl enable-linger for this user, install dbus-user-session"
+                )
             raise MachineFailed(
                 "systemctl --user %s failed: %s" % (" ".join(words), said or "exit status %d" % done.returncode),
                 got=self.why() if "start" in words else "",
@@ -77,18 +82,23 @@ class SystemdUnits(UnitManager):
         for block in text.strip().split("\n\n"):
             fields = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
             units[fields.get("Id", "")] = fields
+        if set(units) != {BROKER, AGENT}:
+            # "Inactive" is a proof here, so an answer that does not speak of both units is none.
+            raise MachineFailed(
+                "systemctl --user show did not tell of both units", expected="%s, %s" % (BROKER, AGENT), got=text[:300]
+            )
         return units
 
     def start(self, deadline_s: float) -> None:
         if self._pauses():
             # Somebody else's containers hold it (an account that is shared, `edge install --user`): it stays.
-            with open(_pause_note(), "w", encoding="ascii"):
+            with open(self._pause_note, "w", encoding="ascii"):
                 pass
         self._systemctl(["start", AGENT], deadline_s)
 
     def stop(self, deadline_s: float) -> None:
         self._systemctl(["stop", AGENT, BROKER], deadline_s, check=False)
-        if not os.path.exists(_pause_note()):
+        if not os.path.exists(self._pause_note):
             # Rootless podman leaves a process behind that holds its user namespace open. It came with the run, so it
             # goes with it (safety.md, "Inert until activated", 1): after the units, whose own podman would bring it back.
             self._systemctl(["stop", PAUSE], QUESTION_S, check=False)
@@ -116,7 +126,20 @@ class SystemdUnits(UnitManager):
         """The last lines of both units' logs, as far as this user may read them."""
         try:
             done = subprocess.run(
-                ["/usr/bin/journalctl", "--user", "--no-pager", "-q", "-o", "cat", "-n", "12", "-u", BROKER, "-u", AGENT],
+                [
+                    "/usr/bin/journalctl",
+                    "--user",
+                    "--no-pager",
+                    "-q",
+                    "-o",
+                    "cat",
+                    "-n",
+                    "12",
+                    "-u",
+                    BROKER,
+                    "-u",
+                    AGENT,
+                ],
                 env=user_environment(),
                 stdin=subprocess.DEVNULL,
                 capture_output=True,

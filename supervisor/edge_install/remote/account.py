@@ -35,15 +35,15 @@ def run(
     check: bool = True,
     timeout: float = COMMAND_S,
     env: Optional[Dict[str, str]] = None,
-    wrapper: Sequence[str] = (),
+    become: Optional[Json] = None,
 ) -> "subprocess.CompletedProcess[str]":
     """Run one command without a shell. Raises ``Failed`` for a status other than 0 when ``check``, or no such program.
 
-    ``wrapper``: words in front that do not belong to what a person is told.
+    ``become``: ``user``, ``group`` and ``extra_groups`` as ``subprocess`` takes them.
     """
     try:
         done = subprocess.run(
-            [*wrapper, *argv],
+            list(argv),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -52,6 +52,7 @@ def run(
             check=False,
             env=env or {"PATH": SYSTEM_PATH, "LC_ALL": "C.UTF-8", "HOME": os.path.expanduser("~")},
             cwd="/",
+            **(become or {}),
         )
     except FileNotFoundError:
         raise Failed("%s is not installed" % argv[0], next_step="install it and run the command again") from None
@@ -109,6 +110,12 @@ class Account:
             "XDG_RUNTIME_DIR": self.runtime, "DBUS_SESSION_BUS_ADDRESS": bus,
         }  # fmt: skip
 
+    def identity(self) -> Json:
+        """What makes a child process of root this user, groups included; nothing where we are this user already."""
+        if os.geteuid() == self.uid:
+            return {}
+        return {"user": self.uid, "group": self.gid, "extra_groups": os.getgrouplist(self.name, self.gid)}
+
     def do(self, action: Callable[[], Any]) -> Any:
         """``action()`` as this user; its result must be JSON. Raises ``Failed`` as ``action`` does."""
         if os.geteuid() == self.uid:
@@ -154,22 +161,10 @@ class Account:
 
     def run(self, argv: Sequence[str], **options: Any) -> "subprocess.CompletedProcess[str]":
         """Run one command as this user, with what ``systemctl --user`` and podman need in its environment."""
-        if os.geteuid() == self.uid:
-            return run(argv, env=self.environment(), **options)
-        # As this user by a child of ours; `setpriv` or `runuser` would be one dependency more.
-        words = [sys.executable, "-I", "-c", BECOME, self.name, str(self.uid), str(self.gid)]
-        return run(argv, env=self.environment(), wrapper=words, **options)
+        return run(argv, env=self.environment(), become=self.identity(), **options)
 
     def systemctl(self, *words: str, check: bool = True) -> str:
         return self.run(["systemctl", "--user", "--no-pager", *words], check=check).stdout
-
-
-BECOME = (
-    "import os,sys;n,u,g=sys.argv[1],int(sys.argv[2]),int(sys.argv[3]);"
-    "os.initgroups(n,g);os.setgid(g);os.setuid(u);\n"
-    "try: os.execvp(sys.argv[4],sys.argv[4:])\n"
-    "except FileNotFoundError: sys.exit('%s: not installed' % sys.argv[4])"
-)
 
 
 def groups_of(account: Account) -> List[str]:

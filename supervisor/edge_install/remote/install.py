@@ -19,14 +19,12 @@ import re
 import shutil
 import stat
 import subprocess
-import sys
 import time
 from functools import partial
 from typing import BinaryIO, Iterator, List, Optional, Tuple
 
 from supervisor.edge_install.remote.account import (
     AGENT,
-    BECOME,
     BROKER,
     INSTALLATION,
     RECORD,
@@ -229,13 +227,18 @@ def _previous(earlier: Json, reference: str) -> Optional[str]:
 
 
 def _load(image: Json, account: Account, payload: BinaryIO) -> None:
-    words = [sys.executable, "-I", "-c", BECOME, account.name, str(account.uid), str(account.gid)]
-    if os.geteuid() == account.uid:
-        words = []
+    become = account.identity()
     process = subprocess.Popen(
-        [*words, "podman", "load", "--quiet"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=account.environment(), cwd="/",
-    )  # fmt: skip
+        ["podman", "load", "--quiet"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=account.environment(),
+        cwd="/",
+        user=become.get("user"),
+        group=become.get("group"),
+        extra_groups=become.get("extra_groups"),
+    )
     assert process.stdin is not None
     assert process.stdout is not None
     digest = hashlib.sha256()
