@@ -61,6 +61,16 @@ def hide_memory() -> None:
     _prctl(PR_SET_DUMPABLE, 0)
 
 
+def close_others_at_exec() -> None:
+    """Have every descriptor above 2 closed by the next execve, whatever whoever started this process left open."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2:
+            try:
+                os.set_inheritable(int(name), False)
+            except OSError:
+                continue  # the one the directory was listed with
+
+
 def landlock_abi() -> Tuple[int, str]:
     """(ABI version, "") or (0, why not), as the kernel answers."""
     version = _libc.syscall(

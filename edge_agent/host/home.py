@@ -15,7 +15,6 @@ import os
 import re
 import socket
 import stat
-import tempfile
 from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
 
 from edge_agent.host import clock
@@ -80,7 +79,8 @@ class HostConfig:
 def write_atomic(path: str, data: bytes, mode: int = 0o600) -> None:
     """Replace ``path`` by ``data`` so that a reader or a power loss sees the old file or the new one, never a part."""
     directory = os.path.dirname(path)
-    fd, temporary = tempfile.mkstemp(dir=directory, prefix=".new-")
+    temporary = os.path.join(directory, ".new-%s" % os.urandom(8).hex())
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         with os.fdopen(fd, "wb") as file:
             file.write(data)

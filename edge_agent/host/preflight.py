@@ -6,7 +6,6 @@ Owns: looking, with the level the kernel really gives. Deliberately does not kno
 from __future__ import annotations
 
 import os
-import shutil
 
 from edge_agent.host import confine
 from edge_agent.host.home import HostConfig
@@ -22,11 +21,15 @@ def capabilities(config: HostConfig) -> JsonObject:
         "user_namespaces": _user_namespaces(),
         "selinux": _selinux(),
         "units": config.units,
-        "systemctl": bool(shutil.which("systemctl", path="/usr/bin:/bin")),
-        "podman": bool(shutil.which("podman", path="/usr/bin:/bin")),
+        "systemctl": _installed("systemctl"),
+        "podman": _installed("podman"),
         "user_bus": os.path.exists("/run/user/%d/bus" % os.getuid()),
         "journal_readable": os.access("/var/log/journal", os.R_OK | os.X_OK),
     }
+
+
+def _installed(name: str) -> bool:
+    return any(os.access(os.path.join(directory, name), os.X_OK) for directory in ("/usr/bin", "/bin"))
 
 
 def _user_namespaces() -> bool:

@@ -174,6 +174,7 @@ class Pipeline:
                 signal.signal(number, signal.SIG_DFL)
             for source, target in ((stdin, 0), (stdout, 1), (stderr, 2)):
                 os.dup2(source, target, inheritable=True)
+            confine.close_others_at_exec()
             os.chdir("/")
             os.umask(0o077)
             confine.limit_resources(int(stage.timeout_s) + 1)

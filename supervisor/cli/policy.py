@@ -150,8 +150,12 @@ def _show_summary(policy: Policy, policy_digest: str) -> None:
         table(("GRANTED without a person", "", ""), rows, "")
     if policy.never:
         out.print()
-        table(("NEVER: refused with an approval, too", ""), [(f"  {' '.join(e.names)}", e.reason) for e in policy.never], "")
+        table(("NEVER: refused with an approval, too", ""), [(f"  {_some(e.names)}", e.reason) for e in policy.never], "")
     err.print(styled("one program with its options: chargehand policy show PROGRAM", "dim"))
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    return " ".join(names[:most]) + (f" … ({len(names)})" if len(names) > most else "")
 
 
 def _limits(policy: Policy) -> str:
@@ -228,7 +232,6 @@ def _count(kind: str, low: int, high: int) -> str:
 
 @app.command()
 def check(
-    context: typer.Context,
     files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="Policy files that are used together.")],
     as_json: JsonOption = False,
 ) -> None:
@@ -290,8 +293,8 @@ def _check(files: Sequence[Path]) -> tuple[list[JsonObject], list[JsonObject]]:
 # --- test ------------------------------------------------------------------------------------------------------------
 
 
-@app.command(context_settings=_WORDS)
-def test(
+@app.command("test", context_settings=_WORDS)
+def try_call(
     context: typer.Context,
     words: Annotated[
         list[str] | None, typer.Argument(metavar="COMMAND TEXT | -- ARGV…", help="One text with blanks, or the words.")

@@ -73,7 +73,7 @@ def _stage(policy: Policy, words: Sequence[str], host: HostView) -> ReadStage:
     seconds = rule.timeout_s if rule.timeout_s is not None else policy.limits.timeout_s
     size = rule.output_bytes if rule.output_bytes is not None else policy.limits.output_bytes
     return ReadStage(
-        words=(_program(rule, words[0]), *_rest(policy, rule, words[1:], host, decision.reason)),
+        words=(_program(rule, words[0]), *_rest(policy, rule, words[1:], host)),
         rule=f"{rule.name}: {rule.reason}",
         effect=decision.effect if ran else rule.effect,
         added=_added(words, ran[0].argv if ran else ()),
@@ -87,32 +87,28 @@ def _program(rule: Rule, word: str) -> ReadWord:
     return ReadWord(word, "program", word if word.startswith("/") else rule.paths[0])
 
 
-def _rest(
-    policy: Policy, rule: Rule, words: Sequence[str], host: HostView, reason: str
-) -> tuple[ReadWord, ...]:
-    parsed, count, problem = _longest(rule, words)
+def _rest(policy: Policy, rule: Rule, words: Sequence[str], host: HostView) -> tuple[ReadWord, ...]:
+    items, command_at, problem = _longest(rule, words)
     found = [
-        _word(policy, word, item, number < parsed.command_at, host)
-        for number, (word, item) in enumerate(zip(words, parsed.items, strict=False))
+        _word(policy, word, item, number < command_at, host)
+        for number, (word, item) in enumerate(zip(words, items, strict=False))
     ]
-    found = found[:count]
     for position, word in enumerate(words[len(found) :]):
         found.append(ReadWord(word, "not read", "", problem if position == 0 else ""))
-    if problem and len(found) == count:
-        # Every word fits by itself; what is wrong is what is missing or does not go together.
-        found.append(ReadWord("", "missing", "", problem or reason))
     return tuple(found)
 
 
-def _longest(rule: Rule, words: Sequence[str]) -> tuple[grammar.Parsed, int, str]:
-    """The reading of as many words as can be read, how many those are, and why not all."""
+def _longest(rule: Rule, words: Sequence[str]) -> tuple[Sequence[grammar.Item], int, str]:
+    """The reading of as many words as can be read, how many of them name the sub-command, and why not all."""
     problem = ""
     for count in range(len(words), -1, -1):
         try:
-            return grammar.parse(rule.command, words[:count], rule.name), count, problem
+            parsed = grammar.parse(rule.command, words[:count], rule.name)
         except Refusal as refused:
             problem = problem or refused.reason
-    return grammar.Parsed([], [rule.command], 0, {}, False), 0, problem
+        else:
+            return parsed.items[:count], parsed.command_at, problem
+    return (), 0, problem
 
 
 def _word(policy: Policy, word: str, item: grammar.Item, command: bool, host: HostView) -> ReadWord:
@@ -122,7 +118,7 @@ def _word(policy: Policy, word: str, item: grammar.Item, command: bool, host: Ho
         if word.startswith("-") and word != "-":
             return ReadWord(word, "option")
         return ReadWord(word, "sub-command" if command else "word")
-    role = item.label or "value"
+    role = f"value of {item.label}" if item.label.startswith("-") else item.label or "value"
     if item.prefix and item.value:
         role = f"option {item.prefix.rstrip('=')} and its value"
     try:

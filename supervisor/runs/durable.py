@@ -12,12 +12,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy
 from dbos import DBOS, DBOSConfig, SetEnqueueOptions, SetWorkflowID
+from dbos import error as dbos_error
 
 from supervisor.runs.flow import Flow, failed_verdict
 from supervisor.runs.states import State
@@ -36,7 +38,16 @@ INTAKE_S = 0.25
 # Tries of a stage whose error is the gateway's own (database away), and the first pause between them, seconds.
 STAGE_TRIES, STAGE_PAUSE_S = 5, 0.5
 
+# For a stage that is cancelled because the gateway ends: to close its connections, seconds.
+STAGE_END_S = 10.0
+
+T = TypeVar("T")
+
 _flow: Flow | None = None
+
+
+# Stages under way, so that an engine that ends can end them: DBOS leaves what it started to the loop.
+_stages: set[asyncio.Task[Any]] = set()
 
 
 def _the_flow() -> Flow:
@@ -45,38 +56,51 @@ def _the_flow() -> Flow:
     return _flow
 
 
+async def _stage(work: Coroutine[Any, Any, T]) -> T:
+    """Carry out one stage. When the gateway ends in the middle of it nothing is recorded: the next one does it again."""
+    task = asyncio.ensure_future(work)
+    _stages.add(task)
+    task.add_done_callback(_stages.discard)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        # Not an outcome of the stage. The workflow stays where it is until this process is gone.
+        await asyncio.get_running_loop().create_future()
+        raise
+
+
 # Stages that only look and record may be tried again when the gateway's own database was away for a moment.
 _AGAIN: dict[str, Any] = {"retries_allowed": True, "max_attempts": STAGE_TRIES, "interval_seconds": STAGE_PAUSE_S}
 
 
 @DBOS.step(name="admit", **_AGAIN)
 async def _admit(run_id: str) -> bool:
-    return await _the_flow().admit(run_id)
+    return await _stage(_the_flow().admit(run_id))
 
 
 @DBOS.step(name="activate")
 async def _activate(run_id: str) -> JsonObject:
-    return await _the_flow().activate(run_id)
+    return await _stage(_the_flow().activate(run_id))
 
 
 @DBOS.step(name="task")
 async def _task(run_id: str) -> JsonObject:
-    return await _the_flow().task(run_id)
+    return await _stage(_the_flow().task(run_id))
 
 
 @DBOS.step(name="evaluate", **_AGAIN)
 async def _evaluate(run_id: str, result: JsonObject) -> JsonObject:
-    return await _the_flow().evaluate(run_id, result)
+    return await _stage(_the_flow().evaluate(run_id, result))
 
 
 @DBOS.step(name="stop", **_AGAIN)
 async def _stop(run_id: str, reason: str) -> JsonObject:
-    return await _the_flow().stop(run_id, reason)
+    return await _stage(_the_flow().stop(run_id, reason))
 
 
 @DBOS.step(name="seal", **_AGAIN)
 async def _seal(run_id: str, verdict: JsonObject, result: JsonObject | None, stopped: JsonObject) -> str:
-    return await _the_flow().seal(run_id, verdict, result, stopped)
+    return await _stage(_the_flow().seal(run_id, verdict, result, stopped))
 
 
 @DBOS.workflow(name="run", max_recovery_attempts=20)
@@ -189,12 +213,24 @@ class DurableRuns:
         if self._intake is not None:
             self._intake.cancel()
             await asyncio.gather(self._intake, return_exceptions=True)
+        loop = asyncio.get_running_loop()
+        # What is cancelled at the very end of the loop finds no database to write to any more; that is as it should be.
+        loop.set_exception_handler(_quiet)
+        for stage in list(_stages):
+            stage.cancel()
+        if _stages:
+            await asyncio.wait(_stages, timeout=STAGE_END_S)
         await asyncio.to_thread(DBOS.destroy, workflow_completion_timeout_sec=0)
         _flow = None
         # The engine had put its own pool of threads into the loop and has shut it down with itself.
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(thread_name_prefix="chargehand"))
+        loop.set_default_executor(ThreadPoolExecutor(thread_name_prefix="chargehand"))
         if self._engine is not None:
             self._engine.dispose()
+
+
+def _quiet(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    if not isinstance(context.get("exception"), dbos_error.DBOSException):
+        loop.default_exception_handler(context)
 
 
 def _sqlite(path: Path) -> sqlalchemy.Engine:

@@ -83,7 +83,7 @@ def test_an_installation_from_the_command_line_leaves_a_record_and_its_audit(tmp
     services = open_services(load(None, data_dir=data))
     with services.store, services.ledger:
         kept = services.store.machines.get("web-01")
-        recorded = [record.kind for record in services.ledger.records(machine="web-01")]
+        recorded = [record.kind for record in services.ledger.records(chain="machine:web-01")]
         services.spool.close()
     assert (kept.user, kept.labels, kept.host_key_fingerprint) == ("chargehand", {"role": "web"}, fingerprint)
     assert recorded == ["machine.added", "host_key.accepted"]

@@ -2,134 +2,34 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import dataclasses
 import json
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from supervisor.edge_install import flow
-from supervisor.edge_install.preflight import BLOCKER, Finding
-from supervisor.edge_install.target import USER, Choices, Target
+from quadlets import zipapp_build
+from quadlets.polkit import polkit_rule
+from supervisor.edge_install.preflight import BLOCKER
+from supervisor.edge_install.target import USER
 from supervisor.errors import MachineFailed, Refused
-from supervisor.machines import Machine as Record
-from tests.edge_install.lab_image import agent_archive, agent_image_id
+from tests.edge_install.lab_image import agent_image_id
+from tests.edge_install.lab_machines import (
+    ACCOUNT_FILES,
+    HOME,
+    INSTALLED,
+    Admin,
+    accounts,
+    everything,
+    gatekeeper,
+    of_the_agent,
+    start_with_a_stand_in,
+    without,
+)
 from tests.lab.box import CommandError
-from tests.lab.machine import Lab, Machine
-from tests.lab.ssh import make_key
+from tests.lab.machine import Machine
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(300)]
-
-HOME = "/var/lib/chargehand"
-INSTALLED = f"{HOME}/.local/share/chargehand"
-BOX_LIMITS = "/etc/containers/containers.conf.d/lab.conf"
-
-
-@pytest.fixture(scope="module")
-def archive(lab: Lab) -> Iterator[Path]:
-    with agent_archive() as path:
-        yield path
-
-
-@pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("gateway") / "key"
-    make_key(path)
-    return path
-
-
-@pytest.fixture
-def bare(fresh_machine: Machine) -> Machine:
-    """A machine as it comes. /proc/sys is read-only in this box's machines, which podman's default sysctl needs."""
-    fresh_machine.write(BOX_LIMITS, "[containers]\ndefault_sysctls = []\n")
-    return fresh_machine
-
-
-class Admin:
-    """An administrator who says yes, and remembers."""
-
-    def __init__(self, machine: Machine, archive: Path, gateway: Path, user: str = "root") -> None:
-        self.machine = machine
-        self.target = Target(user, machine.address, machine.port)
-        self.findings: dict[str, Finding] = {}
-        self.records: list[Record] = []
-        self.choices = Choices(
-            machine="web-01", identity=machine.admin_key, image_archive=archive, yes=True,
-            gateway_key=gateway.with_name("key.pub").read_text(),
-        )  # fmt: skip
-
-    def _voice(self) -> flow.Voice:
-        def findings(found: Sequence[Finding]) -> None:
-            self.findings = {finding.id: finding for finding in found}
-
-        return flow.Voice(print, findings, lambda key, known: key.text == self.machine.host_key, lambda changes: True)
-
-    def install(self, *, upgrade: bool = False, polkit: str | None = None, **more: Any) -> flow.Outcome:
-        choices = dataclasses.replace(self.choices, **more)
-        return asyncio.run(
-            flow.install(
-                self.target, choices, self._voice(), version="0.1.0", register=self.records.append, upgrade=upgrade,
-                given=frozenset(more), polkit_rule=lambda user: polkit,
-            )
-        )  # fmt: skip
-
-    def uninstall(self, **more: Any) -> flow.Outcome:
-        more.setdefault("account", "chargehand")
-        return asyncio.run(
-            flow.uninstall(self.target, self._voice(), identity=self.machine.admin_key, yes=True, **more)
-        )
-
-
-def everything(machine: Machine) -> dict[str, str]:
-    """Every file an installation could touch, with owner, mode and digest."""
-    listing = machine.run(
-        [
-            "find", "/etc", "/var/lib", "/home", "/root", "/usr/lib/systemd", "-xdev", "(", "-path", "/var/lib/systemd/timesync",
-            "-o", "-path", "/var/lib/systemd/random-seed", "-o", "-path", "/var/lib/private", "-o", "-path", "/var/lib/lab-storage",
-            "-o", "-path", "/var/lib/systemd/catalog", "-o", "-path", "/var/lib/containers", ")", "-prune",
-            "-o", "-type", "f", "-printf", "%p\\t%u %g %m %s %T@\\n", "-o", "-type", "l", "-printf", "%p\\t%l\\n",
-            "-o", "-type", "d", "-printf", "%p/\\t%u %g %m\\n",
-        ]
-    ).stdout  # fmt: skip
-    found = dict(line.split("\t", 1) for line in listing.splitlines())
-    # Copies that the tools for accounts keep of the file before.
-    return {name: about for name, about in found.items() if not name.endswith("-") and ".pwd.lock" not in name}
-
-
-def accounts(machine: Machine) -> dict[str, bytes]:
-    names = ("passwd", "group", "shadow", "gshadow", "subuid", "subgid")
-    return {name: b"".join(sorted(machine.read(f"/etc/{name}").splitlines(True))) for name in names}
-
-
-def without(found: dict[str, str], *ends: str) -> dict[str, str]:
-    return {name: about for name, about in found.items() if not name.endswith(ends)}
-
-
-ACCOUNT_FILES = ("/etc/passwd", "/etc/group", "/etc/shadow", "/etc/gshadow", "/etc/subuid", "/etc/subgid")
-
-
-def of_the_agent(machine: Machine) -> list[str]:
-    """What runs as the agent's user, its user manager and message bus left out."""
-    return [
-        " ".join(process.argv)
-        for process in machine.processes()
-        if process.user == "chargehand"
-        and not process.argv[0].endswith(("systemd", "dbus-daemon", "dbus-broker", "(sd-pam)"))
-        and "(sd-pam)" not in process.argv[0]
-    ]
-
-
-def gatekeeper(machine: Machine, gateway: Path, *words: str, user: str = "chargehand") -> tuple[int, Any]:
-    """What the gateway's key gets."""
-    command = [word.replace(str(machine.admin_key), str(gateway)) for word in machine.ssh_command(user)]
-    import subprocess
-
-    done = subprocess.run([*command, "--", *words], input=b"", capture_output=True, check=False, timeout=30)
-    return done.returncode, json.loads(done.stdout)
 
 
 def test_from_bare_to_installed_to_upgraded_to_nothing(bare: Machine, archive: Path, gateway: Path) -> None:
@@ -183,9 +83,7 @@ def test_from_bare_to_installed_to_upgraded_to_nothing(bare: Machine, archive: P
 def test_journals_outlive_the_installation_unless_they_are_purged(bare: Machine, archive: Path, gateway: Path) -> None:
     admin = Admin(bare, archive, gateway)
     admin.install()
-    bare.run(
-        ["sudo" if False else "install", "-D", "-o", "chargehand", "/etc/hostname", f"{INSTALLED}/journal/run.jsonl"]
-    )
+    bare.run(["install", "-D", "-o", "chargehand", "/etc/hostname", f"{INSTALLED}/journal/run.jsonl"])
     gone = admin.uninstall()
     assert gone.notes == (f"journals are kept in {INSTALLED}/journal",)
     left = bare.run(["find", HOME, "-printf", "%P %u %y\n"]).stdout.split("\n")
@@ -252,29 +150,22 @@ def test_an_upgrade_that_does_not_work_leaves_everything_as_it_was(
     admin = Admin(bare, archive, gateway)
     admin.install()
     before = without(everything(bare), "/backup/")
-    monkeypatch.setattr("quadlets.zipapp_build.MAIN", "raise SystemExit('broken')\n")
-    with pytest.raises(MachineFailed, match="does not answer"):
-        admin.install(upgrade=True)
+    broken = zipapp_build.pack({"__main__.py": b"raise SystemExit('broken')\n"})
+    with monkeypatch.context() as instead:
+        instead.setattr(zipapp_build, "host_zipapp", lambda: broken)
+        with pytest.raises(MachineFailed, match="does not answer"):
+            admin.install(upgrade=True)
     after = everything(bare)
     ignore_time = {name: about.rsplit(" ", 1)[0] for name, about in before.items()}
     assert {name: about.rsplit(" ", 1)[0] for name, about in after.items() if name in before} == ignore_time
     assert {name for name in after if name not in before and "/backup/" not in name} == set()
-    monkeypatch.undo()
     assert admin.install().changes == ()
 
 
 def test_nothing_is_touched_while_a_run_is_on(bare: Machine, archive: Path, gateway: Path) -> None:
     admin = Admin(bare, archive, gateway)
     admin.install()
-    # Something that is certainly running under the broker's name.
-    uid = bare.run(["id", "-u", "chargehand"]).stdout.strip()
-    control = ["env", f"XDG_RUNTIME_DIR=/run/user/{uid}", "systemctl", "--user"]
-    folder = f"/run/user/{uid}/systemd/user.control/chargehand-broker.service.d"
-    replace = "[Unit]\nBindsTo=\n[Service]\nType=exec\nExecStart=\nExecStart=/usr/bin/sleep 600\n"
-    bare.run(["mkdir", "-p", folder], user="chargehand")
-    bare.write(f"{folder}/busy.conf", replace, owner="chargehand")
-    bare.run([*control, "daemon-reload"], user="chargehand")
-    bare.run([*control, "start", "chargehand-broker"], user="chargehand")
+    start_with_a_stand_in(bare)
     with pytest.raises(Refused, match="idle"):
         admin.install(upgrade=True, max_run_s=60)
     with pytest.raises(MachineFailed, match="a run is on"):
@@ -287,8 +178,6 @@ def test_nothing_is_touched_while_a_run_is_on(bare: Machine, archive: Path, gate
 
 
 def test_a_grant_of_units_comes_and_goes_with_the_policy(bare: Machine, archive: Path, gateway: Path) -> None:
-    from quadlets.polkit import polkit_rule
-
     admin = Admin(bare, archive, gateway)
     admin.install(polkit=polkit_rule({"cron.service": ("restart",)}))
     restart = ["systemctl", "--no-ask-password", "restart"]

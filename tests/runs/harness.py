@@ -53,9 +53,11 @@ async def event(running: Gateway, run: Run, kind: str, timeout_s: float = 30.0) 
     """Wait until the run has told an event of ``kind``; returns its body."""
     async with asyncio.timeout(timeout_s):
         while True:
-            for told in await asyncio.to_thread(running.services.store.events.events, run.id):
-                if told.kind == kind:
-                    return told.body
+            now = await asyncio.to_thread(running.services.store.runs.get, run.id)
+            for one in await asyncio.to_thread(running.services.store.events.events, run.id):
+                if one.kind == kind:
+                    return one.body
+            assert not now.final, f"the run ended without {kind}: {told(now)}"
             await asyncio.sleep(0.02)
 
 

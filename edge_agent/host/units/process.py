@@ -126,7 +126,8 @@ def _own_command() -> List[str]:
     spec = getattr(main, "__spec__", None)
     if spec is not None and spec.name not in ("__main__", None):
         return [sys.executable, "-m", spec.name]
-    return [sys.executable, "-I", os.path.abspath(sys.argv[0])]
+    # Nothing of site-packages is needed here, so nothing of it gets a say (-S).
+    return [sys.executable, "-I", "-S", os.path.abspath(sys.argv[0])]
 
 
 def _environment() -> Dict[str, str]:

@@ -160,6 +160,16 @@ def _make_home(account: Account, home: str, changes: Changes) -> None:
             os.chmod(path, mode)
 
         changes.make("make folder", path, make)
+    journals = os.path.join(home, INSTALLATION, "journal")
+    if account.exists and os.path.isdir(journals) and os.lstat(journals).st_uid == 0:
+        changes.make("give back kept journals", journals, partial(_give_back, account, home))
+
+
+def _give_back(account: Account, home: str) -> None:
+    """Journals that outlived an earlier installation belong to root; nobody else could reach them since."""
+    for folder, _, names in os.walk(os.path.join(home, ".local")):
+        for path in [folder, *(os.path.join(folder, name) for name in names)]:
+            os.lchown(path, account.uid, account.gid)
 
 
 def _make_linger(account: Account, record: Json, changes: Changes) -> None:
