@@ -86,15 +86,20 @@ def write_config(path: Path, **limits: Any) -> Path:
     return path
 
 
-def ours(machine: Machine) -> list[str]:
+# What holds the user namespace of rootless podman open: it executes nothing, and goes with the next `stop`.
+PAUSE = "/usr/bin/podman"
+
+
+def ours(machine: Machine, pause: bool = True) -> list[str]:
     """The command lines of the edge agent's processes on a machine: what the dedicated user runs beside its manager and
-    the door itself (sshd and its forced command, which come and go with each verb)."""
+    the door itself (sshd and its forced command, which come and go with each verb). ``pause=False`` leaves out podman's
+    pause process: after a lease that ended with nobody there it waits for the next contact."""
     left = []
     for process in machine.processes():
         words = " ".join(process.argv)
         manager = words.startswith(("/usr/lib/systemd/systemd --user", "(sd-pam)", "/usr/bin/dbus-daemon --session"))
         door = words.startswith("sshd") or "host.pyz gatekeeper" in words
-        if process.user == ACCOUNT and not manager and not door:
+        if process.user == ACCOUNT and not manager and not door and (pause or words != PAUSE):
             left.append(words)
     return left
 

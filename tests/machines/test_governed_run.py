@@ -43,7 +43,7 @@ async def run_to_end(running: Gateway, installed: Installed, **request: Any) -> 
 async def until_nothing_runs(installed: Installed, seconds: float) -> float:
     """Seconds until the machine is inert; fails after ``seconds``."""
     began = time.monotonic()
-    while left := await asyncio.to_thread(ours, installed.machine):
+    while left := await asyncio.to_thread(ours, installed.machine, False):
         assert time.monotonic() - began < seconds, left
         await asyncio.sleep(0.1)
     return time.monotonic() - began
@@ -205,7 +205,7 @@ async def test_a_cut_cable_ends_the_run_on_the_machine_and_the_gateway_says_so(i
                 await asyncio.sleep(6 + GRACE_S)
             finally:
                 installed.machine.mend()
-            assert ours(installed.machine) == []
+            assert ours(installed.machine, pause=False) == []
             run = await finished(running, run, 90)
             assert run.state is State.FAILED, told(run)
             assert (run.unit_after, run.processes_after) == ("inactive", 0)
