@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
+from typing import Self
 
 import httpx
 from a2a.client import ClientConfig, ClientFactory
@@ -41,7 +42,7 @@ class TaskClient:
         factory = ClientFactory(ClientConfig(streaming=True, httpx_client=self._http))
         self._client = factory.create(agent_card("edge", "1"))
 
-    async def __aenter__(self) -> TaskClient:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -28,7 +28,7 @@ REPORT_NAME = "report"
 
 def state_name(state: int) -> str:
     """``TASK_STATE_WORKING`` as ``working``."""
-    return TaskState.Name(state).removeprefix("TASK_STATE_").lower()
+    return str(TaskState.Name(state)).removeprefix("TASK_STATE_").lower()
 
 
 def _exact(document: Any, media_type: str) -> Part:

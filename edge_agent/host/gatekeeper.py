@@ -37,6 +37,8 @@ START_S = 60.0
 # For everything to be gone after `stop`, seconds; the units' own kill comes before.
 STOP_S = 20.0
 CONTROL_S = 10.0
+# How long an answer may still come after the asking side has closed, seconds.
+HALF_CLOSED_S = 2.0
 WORD = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 
 
@@ -429,7 +431,8 @@ def _os_release() -> JsonObject:
 def splice(source: int, sink: int, stream: socket.socket) -> None:
     """Carry bytes both ways until ``stream`` ends: ``source`` → ``stream`` → ``sink``.
 
-    The end of ``source`` is passed on as a half close. Each way has a thread of its own, so that an end that does not
+    The end of ``source`` is passed on as a half close; a worker that then says nothing more for ``HALF_CLOSED_S`` is not
+    waited for: it may hang, and nobody listens any more. Each way has a thread of its own, so that an end that does not
     read holds up only its own way.
     """
 
@@ -441,6 +444,8 @@ def splice(source: int, sink: int, stream: socket.socket) -> None:
                     break
                 stream.sendall(data)
             stream.shutdown(socket.SHUT_WR)
+            time.sleep(HALF_CLOSED_S)
+            stream.shutdown(socket.SHUT_RDWR)
 
     threading.Thread(target=upward, daemon=True).start()
     while True:

@@ -136,7 +136,9 @@ class EmbeddedMachine:
             env=environment,
             cwd="/",
         )
-        assert child.stdin is not None and child.stdout is not None and child.stderr is not None
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stderr is not None
         upward = asyncio.create_task(_feed(process.stdin, child.stdin))
         downward = [
             asyncio.create_task(_carry(child.stdout, process.stdout)),

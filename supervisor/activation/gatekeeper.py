@@ -52,10 +52,8 @@ class Gatekeeper:
         connection = await self._connections.connection(self.machine, address, port)
         answer = await run_verb(connection, verb, json.dumps(document).encode("utf-8"), timeout_s or self._verb_s)
         try:
-            said = json.loads(answer.stdout)
-            if not isinstance(said, dict):
-                raise ValueError("not an object")
-        except ValueError:
+            said = dict(json.loads(answer.stdout))
+        except (ValueError, TypeError):
             raise ProtocolMismatch(
                 f"machine {self.machine.id} answered {verb!r} with something that is no answer of a gatekeeper",
                 expected="one JSON object",

@@ -23,6 +23,8 @@ from supervisor.machines import HostKey, Machine, host_key
 
 # One answer of a verb; `journal` pages well below this.
 MAX_ANSWER = 16 * 1024 * 1024
+# How long spliced connections may take to close at both ends, seconds.
+CLOSE_S = 5.0
 KEY_NAME = "gateway_ed25519"
 
 
@@ -276,7 +278,9 @@ async def dialled(
         server.close()
         for task in list(tasks):
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:
+            # Bounded: closing a channel waits for the machine, and the machine may be gone.
+            await asyncio.wait(tasks, timeout=CLOSE_S)
         socket_path.unlink(missing_ok=True)
 
 

@@ -5,7 +5,6 @@ Owns: the options, the questions, what is printed. Deliberately does not know: h
 """
 
 # The options are read through the context, which knows whether a person gave them.
-# ruff: noqa: ARG001
 
 from __future__ import annotations
 

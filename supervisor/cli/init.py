@@ -6,6 +6,7 @@ Owns: where they go, that nothing is overwritten unasked, what to do next. Delib
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -145,7 +146,8 @@ def _write(path: Path, text: str, backup: Path | None) -> None:
             os.link(temporary, path)
             temporary.unlink()
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise BadSettings(
             f"{path} could not be written: {error.strerror}", next_step=f"check who may write {path.parent}, or use --dir"
         ) from None

@@ -66,7 +66,7 @@ async def _run(
     from supervisor.runs.request import request_run
     from supervisor.runs.services import open_services
 
-    asked = {"machine": machine, "text": text, "runbook": runbook, "model": model, "requested_by": operator()}
+    asked: dict[str, Any] = {"machine": machine, "text": text, "runbook": runbook, "model": model, "requested_by": operator()}
     elsewhere = running_gateway(settings.data_dir)
     if elsewhere is not None:
         services = await asyncio.to_thread(open_services, settings)

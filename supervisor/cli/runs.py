@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from supervisor.cli.context import JsonOption, operator, opened, settings_of
+from supervisor.cli.context import JsonOption, opened, operator, settings_of
 from supervisor.cli.output import STATE_STYLE, err, errors, moment, out, print_json, seconds, styled, table
 from supervisor.errors import BadInput
 

@@ -5,7 +5,6 @@ Deliberately does not know: how facts are gathered (``remote``).
 """
 
 # Every check has the same form; not each of them needs the choices.
-# ruff: noqa: ARG001
 
 from __future__ import annotations
 

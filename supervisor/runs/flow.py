@@ -52,6 +52,8 @@ logger = logging.getLogger(__name__)
 CANCEL_LOOK_S = 0.25
 # How long the worker may take to end its task in order after it was asked to cancel, seconds.
 CANCEL_S = 15.0
+# How long a worker may take to answer that question at all, seconds: one that hangs is not waited for.
+CANCEL_ASK_S = 10.0
 # After a renewal that failed, seconds until the next try; the lease is three renewals long.
 RENEW_RETRY_S = 1.0
 # Between two tries to stop a machine that does not answer, seconds: first, most.
@@ -263,12 +265,10 @@ class Flow:
             if talking.done():
                 return _uncalled(talking.result())
             if renewing.done():
-                error = renewing.exception()
-                reason = f"the lease could not be renewed: {error}"
-                return talk.partial("error", reason)
+                return talk.partial("error", f"the lease could not be renewed: {renewing.exception()}")
             reason = "cancelled" if watching.done() else f"the task took longer than {limits.task_s} s"
-            await talk.cancel()
-            await asyncio.wait({talking, renewing}, timeout=CANCEL_S, return_when=asyncio.FIRST_COMPLETED)
+            if await talk.cancel():
+                await asyncio.wait({talking, renewing}, timeout=CANCEL_S, return_when=asyncio.FIRST_COMPLETED)
             outcome = "cancelled" if watching.done() else "limit"
             if talking.done() and talking.exception() is None:
                 said = talking.result()
@@ -474,11 +474,15 @@ class _Conversation:
                 return self.partial("error", f"the conversation with the worker ended early: {error}")
         return self._result or TaskResult("error", "the worker ended the task without a result", None)
 
-    async def cancel(self) -> None:
-        """Ask the worker to cancel; a worker that cannot be asked is stopped with its unit."""
-        if self._client is not None and self._task_id:
-            with contextlib.suppress(TaskFailed, TimeoutError):
-                await asyncio.wait_for(self._client.cancel(self._task_id), CANCEL_S)
+    async def cancel(self) -> bool:
+        """Ask the worker to cancel; ``False`` if it could not be asked: it is stopped with its unit then."""
+        if self._client is None or not self._task_id:
+            return False
+        try:
+            await asyncio.wait_for(self._client.cancel(self._task_id), CANCEL_ASK_S)
+        except (TaskFailed, TimeoutError):
+            return False
+        return True
 
     def partial(self, outcome: str, reason: str) -> TaskResult:
         """What is known when the conversation did not come to its end."""

@@ -20,7 +20,6 @@ from supervisor.store.runs import Run
 from tools.values import Event
 
 NANO = 1_000_000_000
-ERROR, OK = "error", "ok"
 # States in which the run did what was asked; the others are errors in the trace.
 _GOOD = frozenset({"succeeded", "cancelled"})
 
@@ -119,7 +118,7 @@ class _Maker:
                 start_ns=start_ns,
                 end_ns=max(start_ns, int(end * NANO)),
                 attributes={**base, **attributes},
-                status=ERROR if failed else OK,
+                status="error" if failed else "ok",
                 status_message=failed[:500],
             )
         )
@@ -147,7 +146,7 @@ class _Maker:
     def stage_attributes(self, stage: str) -> dict[str, Any]:
         run = self._run
         if stage == "task":
-            found = {names.GEN_AI_OPERATION_NAME: names.OPERATION_INVOKE_AGENT, names.GEN_AI_AGENT_NAME: "edge"}
+            found: dict[str, Any] = {names.GEN_AI_OPERATION_NAME: names.OPERATION_INVOKE_AGENT, names.GEN_AI_AGENT_NAME: "edge"}
             if self._content:
                 found[names.MLFLOW_SPAN_INPUTS] = {"text": run.text}
             return found

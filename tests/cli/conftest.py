@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,12 @@ import pytest
 from typer.testing import CliRunner
 
 from supervisor.cli.main import app
+from supervisor.policy.loader import default_policy
+from supervisor.runbooks import load_all
 from supervisor.runs.services import Services, open_services
 from supervisor.settings.load import load
 from tests.cli.scripted_machine import ScriptedMachine
+from tools.runbooks import Runbook
 
 
 @dataclasses.dataclass
@@ -36,6 +39,23 @@ class Said:
 Command = Callable[..., Said]
 
 
+_RUNBOOKS = load_all()
+_POLICY = default_policy()
+
+
+@pytest.fixture(autouse=True)
+def _what_is_shipped_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading packs and runbooks takes most of the time of a command, and no test here changes them."""
+
+    def runbooks(directories: Sequence[Path] = ()) -> Mapping[str, Runbook]:
+        return load_all(directories) if directories else _RUNBOOKS
+
+    for module in ("supervisor.runs.services", "supervisor.runbooks", "supervisor.cli.runbook"):
+        monkeypatch.setattr(f"{module}.load_all", runbooks)
+    for module in ("supervisor.runs.services", "supervisor.policy.loader"):
+        monkeypatch.setattr(f"{module}.default_policy", lambda: _POLICY)
+
+
 @pytest.fixture
 def data_dir(tmp_path: Path) -> Path:
     return tmp_path / "data"
@@ -43,14 +63,14 @@ def data_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def command(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Calls ``chargehand --data-dir … ARGS``; ``input`` is stdin. No terminal, nothing of the developer's settings."""
+    """Calls ``chargehand --data-dir … ARGS``; ``stdin``: what it reads. No terminal, nothing of the developer's settings."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
 
-    def call(*words: str, input: str | bytes | None = None, shared: tuple[str, ...] | None = None) -> Said:
+    def call(*words: str, stdin: str | bytes | None = None, shared: tuple[str, ...] | None = None) -> Said:
         before = ("--data-dir", str(data_dir)) if shared is None else shared
-        done = CliRunner().invoke(app, [*before, *words], input=input, catch_exceptions=False)
+        done = CliRunner().invoke(app, [*before, *words], input=stdin, catch_exceptions=False)
         return Said(done.exit_code, done.stdout, done.stderr)
 
     return call
@@ -58,7 +78,7 @@ def command(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A person sits there: questions are asked, and answered from ``input``."""
+    """A person sits there: questions are asked, and answered from ``stdin``."""
     monkeypatch.setattr("supervisor.cli.ask.terminal", lambda: True)
 
 

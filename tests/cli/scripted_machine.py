@@ -10,7 +10,7 @@ import json
 import threading
 import time
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import asyncssh
 
@@ -53,7 +53,7 @@ class ScriptedMachine:
         self._call(self._stop())
         self._call(self._start())
 
-    def __enter__(self) -> ScriptedMachine:
+    def __enter__(self) -> Self:
         self._thread.start()
         self._call(self._start())
         return self

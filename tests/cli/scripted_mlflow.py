@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
 from google.protobuf.json_format import MessageToDict
@@ -68,7 +68,7 @@ class ScriptedMlflow:
         spans = [span for resource in request["resource_spans"] for scope in resource["scope_spans"] for span in scope["spans"]]
         return {"trace_info": {"trace_id": f"tr-{trace}"}, "spans": spans}
 
-    def __enter__(self) -> ScriptedMlflow:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 

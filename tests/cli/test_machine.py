@@ -21,8 +21,8 @@ from tests.cli.scripted_machine import ScriptedMachine
 from tests.cli.stored_runs import open_run
 
 
-def add(command: Command, machine: ScriptedMachine, *more: str, input: str | None = None) -> Said:
-    return command("machine", "add", "web-01", "127.0.0.1", "--port", str(machine.port), *more, input=input)
+def add(command: Command, machine: ScriptedMachine, *more: str, stdin: str | None = None) -> Said:
+    return command("machine", "add", "web-01", "127.0.0.1", "--port", str(machine.port), *more, stdin=stdin)
 
 
 def recorded(services: Services, machine: str = "web-01") -> list[tuple[str, str]]:
@@ -71,12 +71,12 @@ def test_another_fingerprint_than_the_shown_one_is_refused_and_nothing_is_stored
 def test_a_person_sees_the_fingerprint_and_answers(
     command: Command, ssh_machine: ScriptedMachine, services: Services
 ) -> None:
-    said = add(command, ssh_machine, input="n\n")
+    said = add(command, ssh_machine, stdin="n\n")
     assert said.status == 3
     assert ssh_machine.shown.fingerprint in said.err
     assert services.store.machines.list() == []
-    assert add(command, ssh_machine, input="\n").status == 3
-    assert add(command, ssh_machine, input="y\n").status == 0
+    assert add(command, ssh_machine, stdin="\n").status == 3
+    assert add(command, ssh_machine, stdin="y\n").status == 0
     assert services.store.machines.get("web-01").host_key == ssh_machine.shown.text
 
 
@@ -84,7 +84,7 @@ def test_a_person_sees_the_fingerprint_and_answers(
 def test_end_of_input_at_the_question_is_an_interrupt_and_stores_nothing(
     command: Command, ssh_machine: ScriptedMachine, services: Services
 ) -> None:
-    assert add(command, ssh_machine, input="").status == 130
+    assert add(command, ssh_machine, stdin="").status == 130
     assert services.store.machines.list() == []
 
 
@@ -153,9 +153,9 @@ def test_a_machine_is_removed_only_when_confirmed_and_idle(
     services.store.runs.move(run.id, "stopping", "failed", unit_after="inactive", processes_after=0)
     assert command("machine", "remove", "web-01").status == 2
     monkeypatch.setattr("supervisor.cli.ask.terminal", lambda: True)
-    assert command("machine", "remove", "web-01", input="n\n").status == 130
+    assert command("machine", "remove", "web-01", stdin="n\n").status == 130
     assert services.store.machines.get("web-01")
-    assert command("machine", "remove", "web-01", input="y\n").status == 0
+    assert command("machine", "remove", "web-01", stdin="y\n").status == 0
     assert services.store.machines.list() == []
     assert recorded(services)[-1][0] == "machine.removed"
 

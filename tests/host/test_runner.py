@@ -19,9 +19,9 @@ import pytest
 
 from edge_agent.host import confine, runner
 from edge_agent.host.errors import Refused
+from edge_agent.host.home import HostConfig
 from edge_agent.host.pins import Pins
 from edge_agent.host.preflight import capabilities
-from edge_agent.host.home import HostConfig
 from edge_agent.host.runner import BASE_ENVIRONMENT, Pipeline, access_file, descendants
 from tests.host.processes import PYTHON, alive, carry_out, in_child, run, script, serve, stage, until
 from tools.values import FileAccess, Stage

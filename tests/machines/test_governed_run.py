@@ -186,7 +186,8 @@ async def test_a_killed_gateway_leaves_nothing_running_past_the_lease(installed:
         assert run.state is State.FAILED, told(run)
         assert (run.unit_after, run.processes_after) == ("inactive", 0)
         kinds_told = [json.loads(line)["kind"] for line in running.services.store.journals.get(run.id).lines]
-        assert kinds_told[-2:] == ["lease.expired", "stopped"]
+        # The command that ran was killed and its result written before the journal was closed.
+        assert kinds_told[-3:] == ["lease.expired", "call.result", "stopped"]
         again = await run_to_end(running, installed, runbook="memory")
         assert again.state is State.SUCCEEDED, told(again)
     inactive(installed)

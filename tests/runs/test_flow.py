@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -205,7 +206,7 @@ async def test_runs_of_one_machine_go_one_after_another(tmp_path: Path) -> None:
         runs = [await finished(running, run) for run in asked]
         assert [run.state for run in runs] == [State.SUCCEEDED] * 3
         spans = sorted((run.started_at, run.ended_at) for run in runs)
-        assert all(earlier[1] <= later[0] for earlier, later in zip(spans, spans[1:], strict=False))
+        assert all(earlier[1] <= later[0] for earlier, later in itertools.pairwise(spans))
         assert sorted(run.generation for run in runs) == [1, 2, 3]
 
 

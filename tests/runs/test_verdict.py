@@ -49,7 +49,7 @@ def test_a_finding_that_cites_a_call_which_was_never_executed_is_refused() -> No
 
 
 def test_a_refused_call_is_no_evidence() -> None:
-    events = executed("c1")[:2] + [Event(3, "call.finished", {"call_id": "c1", "refused": True})]
+    events = [*executed("c1")[:2], Event(3, "call.finished", {"call_id": "c1", "refused": True})]
     assert judge(reported(Finding("f", "ok", "t", evidence=("c1",))), events).findings == ()
 
 
