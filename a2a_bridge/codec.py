@@ -116,5 +116,3 @@ def _list(value: Any) -> list[JsonObject]:
 
 def _result(results: list[Any]) -> TaskResult | None:
     return TaskResult.from_json(results[-1]) if results else None
-
-

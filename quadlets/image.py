@@ -98,7 +98,9 @@ def _without_engine(wanted: Wanted, scratch: Path) -> oci.Built:
         requirements = context.source_root_of_this_installation() / context.REQUIREMENTS
         context.download_wheels(requirements, wheels, python=python.version, machine=python.machine)
     context.lay_out(scratch / "context", wheels=wheels)
-    rootfs.run_python(tree, ["-I", "/build/image_install.py", "/build", TARGET], bind=scratch / "context", at="/build")
+    rootfs.run_python(
+        tree, ["-I", "-B", "/build/image_install.py", "/build", TARGET], bind=scratch / "context", at="/build"
+    )
     # Two layers, so that a new version of ours does not carry the operating system again.
     app = TARGET.strip("/")
     base_layer = oci.write_layer(_members(tree, lambda name: not _below(name, app)), scratch / "base.tar.gz")

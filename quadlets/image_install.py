@@ -2,7 +2,7 @@
 
 Owns: checking wheels against the pinned hashes, unpacking them, byte-compiling. Deliberately does not know: how the
 image is built around it, and nothing of Chargehand but folder names. Standard library only, run by path as
-``python3 -I image_install.py CONTEXT TARGET``; it needs neither pip nor a shell nor a network when the context holds
+``python3 -I -B image_install.py CONTEXT TARGET``; it needs neither pip nor a shell nor a network when the context holds
 wheels, and uses the base image's pip and its configured index when it holds none.
 """
 
@@ -156,6 +156,7 @@ def install(context: Path, target: Path) -> None:
     (target / "__main__.py").write_text(MAIN)
     prune(target)
     compile_all(target)
+    # -B, above: else this very run would leave bytecode there that is neither complete nor unchecked.
     standard_library = Path(sysconfig.get_path("stdlib"))
     if not (standard_library / "__pycache__").is_dir():
         compile_all(standard_library)

@@ -96,7 +96,9 @@ class Gateway:
         """Start the embedded MLflow server if the settings say so, and deliver what the spool holds."""
         mlflow = self.settings.mlflow
         if mlflow.mode == "embedded":
-            self.mlflow = MlflowServer(MlflowServerSettings(self.settings.data_dir / "mlflow", mlflow.host, mlflow.port))
+            self.mlflow = MlflowServer(
+                MlflowServerSettings(self.settings.data_dir / "mlflow", mlflow.host, mlflow.port)
+            )
             try:
                 self.mlflow.start()
             except MlflowServerFailed:

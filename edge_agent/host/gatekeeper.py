@@ -37,6 +37,8 @@ START_S = 60.0
 # For everything to be gone after `stop`, seconds; the units' own kill comes before.
 STOP_S = 20.0
 CONTROL_S = 10.0
+# For the broker to end in order when it is told to: it kills what runs (at most twice its own patience) and writes that.
+STOP_ASK_S = 4.0
 # How long an answer may still come after the asking side has closed, seconds.
 HALF_CLOSED_S = 2.0
 WORD = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
@@ -254,7 +256,7 @@ class Gatekeeper:
                 answer = self._control(config, {"verb": "ready"}, START_S)
             except (HostError, OSError) as error:
                 if isinstance(error, HostError):
-                    error.got = error.got or units.why()
+                    error.got = "\n".join(filter(None, (error.got, units.why())))
                 self._force_down(units, run_dir)
                 state["run"] = None
                 self._home.save_state(state)
@@ -370,7 +372,7 @@ class Gatekeeper:
     def _stop_gently(self, config: HostConfig, run_id: str, generation: int, reason: str) -> None:
         try:
             self._control(
-                config, {"verb": "stop", "run_id": run_id, "generation": generation, "reason": reason}, CONTROL_S
+                config, {"verb": "stop", "run_id": run_id, "generation": generation, "reason": reason}, STOP_ASK_S
             )
         except HostError:
             return  # it is gone or hung: the unit manager ends it

@@ -23,7 +23,8 @@ def terminal() -> bool:
 def confirmed(question: str, yes: bool = False) -> bool | None:
     """The answer to ``question`` (on stderr, default no); ``None`` if nobody can answer. ``yes``: answered beforehand.
 
-    Raises ``Interrupted`` for Ctrl-C and end of input. ``question`` must be neutralised already (``output.plain``) where it holds text of a machine.
+    Raises ``Interrupted`` for Ctrl-C and end of input. ``question`` must be neutralised already (``output.plain``)
+    where it holds text of a machine.
     """
     if yes:
         return True

@@ -79,7 +79,12 @@ def show(
         table(("WHEN", "CHAIN", "KIND", "RUN", "WHO", "WHAT"), rows, "no audit records")
 
 
-_STYLES = {kinds.AUDIT_GAP: "bold red", kinds.VIOLATION: "bold red", kinds.HOST_KEY_CHANGED: "bold red", kinds.LOGIN_FAILED: "yellow"}
+_STYLES = {
+    kinds.AUDIT_GAP: "bold red",
+    kinds.VIOLATION: "bold red",
+    kinds.HOST_KEY_CHANGED: "bold red",
+    kinds.LOGIN_FAILED: "yellow",
+}
 
 
 def _chain(services: Services, machine: str | None) -> str | None:
@@ -115,7 +120,18 @@ def _brief(record: Record) -> str:
         steps = body.get("steps") if isinstance(body.get("steps"), list) else []
         statuses = [step.get("exit_status") for step in steps or [] if isinstance(step, Mapping)]
         return f"{body.get('call_id')} exit {', '.join(map(str, statuses)) or '-'}"
-    wanted = ("inference_id", "call_id", "model", "message", "fingerprint", "previous", "number", "trigger", "lines", "generation")
+    wanted = (
+        "inference_id",
+        "call_id",
+        "model",
+        "message",
+        "fingerprint",
+        "previous",
+        "number",
+        "trigger",
+        "lines",
+        "generation",
+    )
     parts = [f"{name}={body[name]}" for name in wanted if body.get(name) not in (None, "")]
     return " ".join(parts)[:100]
 
@@ -127,7 +143,7 @@ def _brief(record: Record) -> str:
 def verify(
     context: typer.Context,
     export: Annotated[
-        Path | None, typer.Argument(metavar="[EXPORT]", help="An export to verify, instead of the database.")
+        Path | None, typer.Argument(metavar="EXPORT", help="An export to verify, instead of the database.")
     ] = None,
     machine: MachineOption = None,
     key: Annotated[
@@ -246,9 +262,16 @@ def _sealed(services: Services, machine: str | None) -> Iterator[list[Run]]:
     before = None
     while runs := services.store.runs.list(machine=machine, in_states=FINAL, before=before, limit=RUNS_AT_ONCE):
         before = runs[-1].id
-        told = [run for run in runs if any(e.kind == "sealed" for e in services.store.events.events(run.id, source="gateway"))]
+        told = [
+            run
+            for run in runs
+            if any(e.kind == "sealed" for e in services.store.events.events(run.id, source="gateway"))
+        ]
         if told:
             yield told
+
+
+_CHECKED = {True: "checked", False: "NOT checked: no key at hand"}
 
 
 def _print_report(report: VerifyReport, document: JsonObject, what: str) -> None:
@@ -256,10 +279,13 @@ def _print_report(report: VerifyReport, document: JsonObject, what: str) -> None
     out.print(head + styled(f"  {what}"))
     fields(
         [
-            ("records", f"{report.records} in {len(report.chains)} chains"),
-            ("checkpoints", f"{report.checkpoints}, signatures {'checked' if report.signatures_checked else 'NOT checked: no key at hand'}"),
-            ("unsigned", f"{report.unsigned} records are younger than the last checkpoint"),
-            ("journals", f"{report.journals} sealed journals checked"),
+            ("records", f"{report.records}, chains {len(report.chains)}"),
+            (
+                "checkpoints",
+                f"{report.checkpoints}, signatures {_CHECKED[report.signatures_checked]}",
+            ),
+            ("unsigned", f"{report.unsigned} (younger than the last checkpoint)"),
+            ("journals", f"{report.journals} sealed, checked"),
         ]
     )
     for found in report.breaks:
@@ -272,11 +298,13 @@ def _print_report(report: VerifyReport, document: JsonObject, what: str) -> None
         out.print(styled("gap on record: ", "yellow") + styled(f"run {gap['run_id']}: {body.get('message')}"))
     compared = document.get("mlflow")
     if compared is not None:
-        complete = f"{compared['runs']} sealed runs have the same calls in MLflow as on record"
+        complete = f"MLflow has the same inferences and tool calls as the record (sealed runs: {compared['runs']})"
         if compared["complete"]:
             out.print(styled(complete, "green"))
         for mismatch in compared["mismatches"]:
-            out.print(styled(f"{mismatch['kind']}: ", "bold red") + styled(f"run {mismatch['run_id']}: {mismatch['message']}"))
+            out.print(
+                styled(f"{mismatch['kind']}: ", "bold red") + styled(f"run {mismatch['run_id']}: {mismatch['message']}")
+            )
 
 
 # --- export and checkpoint -------------------------------------------------------------------------------------------
@@ -300,12 +328,21 @@ def export_chain(
             done = export(services.ledger, directory, machine=machine, signer=load_signer(settings.data_dir))
         if as_json:
             print_json(
-                {"path": str(done.path), "records": done.records, "checkpoints": done.checkpoints, "journals": done.journals}
+                {
+                    "path": str(done.path),
+                    "records": done.records,
+                    "checkpoints": done.checkpoints,
+                    "journals": done.journals,
+                }
             )
             return
-        out.print(styled(f"{done.path}: {done.records} records, {done.checkpoints} checkpoints, {done.journals} journals"))
+        out.print(
+            styled(f"{done.path}: records {done.records}, checkpoints {done.checkpoints}, journals {done.journals}")
+        )
         err.print(styled(f"verify it anywhere: python3 {done.path / SCRIPT}", "dim"))
-        err.print(styled(f"and keep its public key elsewhere: chargehand audit verify {done.path} --key KEPT_KEY", "dim"))
+        err.print(
+            styled(f"and keep its public key elsewhere: chargehand audit verify {done.path} --key KEPT_KEY", "dim")
+        )
 
 
 @app.command()

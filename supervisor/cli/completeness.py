@@ -2,9 +2,9 @@
 
 Owns: the comparison (pure) and its findings. Deliberately does not know: how records and spans are read.
 
-From audit-and-traces.md: completeness is checked, not assumed. On record is what the audit chain says or the journal that
-was sealed into it. What a span's absence means is told from the spool: it waits, MLflow refused it, it was dropped, or it
-was delivered and is gone.
+From audit-and-traces.md: completeness is checked, not assumed. On record is what the audit chain says or the journal
+that was sealed into it. What a span's absence means is told from the spool: it waits, MLflow refused it, it was
+dropped, or it was delivered and is gone.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Mismatch:
 
 
 def recorded(records: Iterable[Record], journal: Iterable[str]) -> dict[str, str]:
-    """Id → ``tool call`` or ``inference`` of everything that the audit records and the journal lines of one run hold."""
+    """Id → ``tool call`` or ``inference`` of everything that the audit records and the journal lines of one run
+    hold."""
     found: dict[str, str] = {}
     for record in records:
         body = _object(record.body)
@@ -84,7 +85,9 @@ def compare(
             message = f"{on_record[item]} {item} is on record and has no span in MLflow: {reason}"
             found.append(Mismatch(NO_SPAN, run_id, on_record[item], item, message))
         elif item not in on_record:
-            message = f"{in_trace[item]} {item} has a span in MLflow and is on no record: neither audit chain nor journal"
+            message = (
+                f"{in_trace[item]} {item} has a span in MLflow and is on no record: neither audit chain nor journal"
+            )
             found.append(Mismatch(NO_RECORD, run_id, in_trace[item], item, message))
     return found
 
@@ -101,7 +104,11 @@ def _why_no_span(state: str | None, dropped: str) -> str:
 
 def _order(item: str) -> tuple[str, int, str]:
     digits = item[1:]
-    return (item[:1], int(digits), "") if digits.isascii() and digits.isdecimal() and len(digits) < 10 else (item[:1], 0, item)
+    return (
+        (item[:1], int(digits), "")
+        if digits.isascii() and digits.isdecimal() and len(digits) < 10
+        else (item[:1], 0, item)
+    )
 
 
 def _object(text: str) -> JsonObject:

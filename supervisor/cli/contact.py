@@ -45,8 +45,8 @@ class Problem:
 class Contact:
     """What one look at a machine gave.
 
-    ``offset_s``: the machine's clock minus this one's, seconds, known to ``± uncertainty_s``; ``None``: it told no time. ``connect_s``: seconds until
-    the first answer, login included.
+    ``offset_s``: the machine's clock minus this one's, seconds, known to ``± uncertainty_s``; ``None``: it told no
+    time. ``connect_s``: seconds until the first answer, login included.
     """
 
     hello: JsonObject
@@ -103,7 +103,8 @@ def _identity(machine: Machine, hello: Mapping[str, Any], version: str) -> list[
     if hello.get("machine") != machine.id:
         found.append(
             Problem(
-                "identity", CRITICAL, f"the machine at this address says it is {hello.get('machine')!r}, not {machine.id!r}",
+                "identity", CRITICAL,
+                f"the machine at this address says it is {hello.get('machine')!r}, not {machine.id!r}",
                 "check the address; chargehand edge install writes the machine's id",
             )
         )  # fmt: skip
@@ -124,7 +125,12 @@ def _identity(machine: Machine, hello: Mapping[str, Any], version: str) -> list[
     python = tuple(int(part) for part in str(hello.get("python", "")).split(".")[:2] if part.isdecimal())
     if python < LEAST_PYTHON:
         found.append(
-            Problem("python", CRITICAL, f"its Python is {hello.get('python')!r}, at least 3.9 is needed", "install a newer python3")
+            Problem(
+                "python",
+                CRITICAL,
+                f"its Python is {hello.get('python')!r}, at least 3.9 is needed",
+                "install a newer python3",
+            )
         )
     return found
 
@@ -153,7 +159,7 @@ def _confinement(hello: Mapping[str, Any]) -> list[Problem]:
         found.append(
             Problem(
                 "landlock", WARNING, f"the kernel does not confine commands with Landlock{why}",
-                "use a kernel of 5.13 or newer with lsm=…,landlock; until then the gate and the file permissions stand alone",
+                "use a kernel of 5.13 or newer with lsm=…,landlock; until then gate and permissions stand alone",
             )
         )  # fmt: skip
     if capabilities.get("journal_readable") is False and hello.get("units") == "systemd":
@@ -174,7 +180,12 @@ def _units(hello: Mapping[str, Any]) -> list[Problem]:
     for name, needed in (("systemctl", "systemd"), ("podman", "podman 4.4 or newer")):
         if capabilities.get(name) is False:
             found.append(
-                Problem(name, CRITICAL, f"the edge is installed for systemd units, and {name} is not there", f"install {needed}")
+                Problem(
+                    name,
+                    CRITICAL,
+                    f"the edge is installed for systemd units, and {name} is not there",
+                    f"install {needed}",
+                )
             )
     if capabilities.get("user_bus") is False:
         found.append(

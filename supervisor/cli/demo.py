@@ -101,7 +101,11 @@ async def _demo(directory: Path, keep: bool, quiet: bool) -> dict[str, Any]:
 
         say("3  a governed run: the runbook `health`, through SSH, A2A, gate and journal")
         run = await request_run(
-            services, machine=MACHINE, text="Check the health of this machine.", runbook="health", requested_by=operator()
+            services,
+            machine=MACHINE,
+            text="Check the health of this machine.",
+            runbook="health",
+            requested_by=operator(),
         )
         running.runs.wake()
         async with asyncio.timeout(RUN_S):
@@ -182,4 +186,3 @@ async def _until_interrupted(say: Any, settings: Settings) -> None:
     say(f"the gateway stays up on {settings.data_dir} (pid {os.getpid()}); Ctrl-C ends it", "green")
     say(f"in another terminal: chargehand --data-dir {settings.data_dir} runs list", "dim")
     await stop.wait()
-

@@ -1,7 +1,7 @@
 """``chargehand doctor``: what is wrong with this gateway, and how to mend it.
 
-Owns: the checks and their remedies. Deliberately does not know: how anything is mended; it only looks, and makes nothing
-(no directory, no key, no database, no migration).
+Owns: the checks and their remedies. Deliberately does not know: how anything is mended; it only looks, and makes
+nothing (no directory, no key, no database, no migration).
 
 Each check stands by itself: what one cannot do is its own finding, and the others go on.
 """
@@ -59,7 +59,8 @@ _TIME_ERROR = 5  # what adjtimex(2) returns while the kernel's clock is not sync
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What one check found. ``severity``: ``ok``, ``info`` (good to know), ``warning`` or ``critical`` (no run will work)."""
+    """What one check found. ``severity``: ``ok``, ``info`` (good to know), ``warning`` or ``critical`` (no run will
+    work)."""
 
     id: str
     severity: str
@@ -88,7 +89,10 @@ def doctor(
         try:
             settings = settings_of(context)
         except BadSettings as error:
-            found = [Finding("settings", CRITICAL, str(error), error.next_step or "correct them"), *_collected(_versions, None)]
+            found = [
+                Finding("settings", CRITICAL, str(error), error.next_step or "correct them"),
+                *_collected(_versions, None),
+            ]
         else:
             found = examine(settings, machines=machines, full=full)
         good = not any(finding.severity in (WARNING, CRITICAL) for finding in found)
@@ -126,11 +130,18 @@ def _collected(check: Callable[[Any], Iterator[Finding]], settings: Any, name: s
 def _print(found: list[Finding]) -> None:
     for finding in found:
         style = SEVERITY_STYLE[finding.severity]
-        out.print(styled(f"{MARKS[finding.severity]} {finding.severity:<9}", style) + styled(f"{finding.id:<12} {finding.message}"))
+        out.print(
+            styled(f"{MARKS[finding.severity]} {finding.severity:<9}", style)
+            + styled(f"{finding.id:<12} {finding.message}")
+        )
         if finding.remedy:
             out.print(styled(f"            {'':<12} → {finding.remedy}", "cyan"))
     wrong = sum(finding.severity in (WARNING, CRITICAL) for finding in found)
-    out.print(styled(f"{wrong} of {len(found)} findings want attention", "yellow") if wrong else styled("nothing is wrong", "green"))
+    out.print(
+        styled(f"{wrong} of {len(found)} findings want attention", "yellow")
+        if wrong
+        else styled("nothing is wrong", "green")
+    )
 
 
 # --- settings, data, keys --------------------------------------------------------------------------------------------
@@ -138,7 +149,9 @@ def _print(found: list[Finding]) -> None:
 
 def _settings(settings: Settings) -> Iterator[Finding]:
     if settings.source is None:
-        yield Finding("settings", INFO, "no settings file: defaults and CHARGEHAND_ variables", "chargehand init writes one")
+        yield Finding(
+            "settings", INFO, "no settings file: defaults and CHARGEHAND_ variables", "chargehand init writes one"
+        )
     else:
         mode = settings.source.stat().st_mode
         if mode & 0o022:
@@ -162,7 +175,12 @@ def _data_dir(settings: Settings) -> Iterator[Finding]:
         return
     found = path.stat()
     if found.st_uid != os.geteuid():
-        yield Finding("data", CRITICAL, f"{path} belongs to another user (uid {found.st_uid})", "run as that user, or set data_dir")
+        yield Finding(
+            "data",
+            CRITICAL,
+            f"{path} belongs to another user (uid {found.st_uid})",
+            "run as that user, or set data_dir",
+        )
     elif found.st_mode & 0o077:
         yield Finding(
             "data", WARNING, f"{path} is open to other users (mode {found.st_mode & 0o777:04o})", f"chmod 700 {path}"
@@ -220,7 +238,9 @@ def _gateway(settings: Settings) -> Iterator[Finding]:
 
     running = running_gateway(settings.data_dir)
     if running is None:
-        yield Finding("gateway", INFO, "no gateway runs on this data directory", "chargehand up, or runs carry themselves out")
+        yield Finding(
+            "gateway", INFO, "no gateway runs on this data directory", "chargehand up, or runs carry themselves out"
+        )
     else:
         yield Finding("gateway", OK, f"runs since {moment(running.started_at)} (pid {running.pid})")
 
@@ -235,20 +255,25 @@ def _database(settings: Settings, *, machines: bool, full: bool) -> Iterator[Fin
 
     path = Path(settings.store_url.removeprefix("sqlite:///")) if settings.store_url.startswith("sqlite") else None
     if path is not None and not path.exists():
-        yield Finding("database", INFO, f"there is no database {path} yet", "it is made by the first command that needs it")
+        yield Finding(
+            "database", INFO, f"there is no database {path} yet", "it is made by the first command that needs it"
+        )
         return
     password = settings.database_password.read().reveal() if settings.database_password is not None else None
     engine = make_engine(settings.store_url, password=password)
     try:
         found = revision(engine)
         if found is None:
-            yield Finding("database", INFO, "the database holds no schema yet", "it is made by the first command that needs it")
+            yield Finding(
+                "database", INFO, "the database holds no schema yet", "it is made by the first command that needs it"
+            )
             return
         if found != HEAD:
             newer = found > HEAD
             yield Finding(
                 "database", CRITICAL if newer else WARNING, f"its schema is {found}, this version knows {HEAD}",
-                "install the version that wrote it, or a newer one" if newer else "back it up; the next chargehand up migrates it",
+                "install the version that wrote it, or a newer one"
+                if newer else "back it up; the next chargehand up migrates it",
             )  # fmt: skip
             return
         yield Finding("database", OK, f"schema {found}" + (f", {path}" if path is not None else ""))
@@ -277,7 +302,9 @@ def _audit(settings: Settings, ledger: Ledger, full: bool) -> Iterator[Finding]:
         said = f"the ends of {len(heads)} chains verify ({sum(head.seq for head in heads.values())} records)"
     if broken:
         more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
-        yield Finding("audit", CRITICAL, f"the audit chain is broken: {broken[0]}{more}", "chargehand audit verify says where")
+        yield Finding(
+            "audit", CRITICAL, f"the audit chain is broken: {broken[0]}{more}", "chargehand audit verify says where"
+        )
     else:
         yield Finding("audit", OK, said)
     signed = checkpoints(ledger)
@@ -331,7 +358,7 @@ def _runs(_: Settings, engine: Engine) -> Iterator[Finding]:
         )  # fmt: skip
     if not overdue and not unreachable:
         is_open = sum(count for state, count in counts.items() if state in OPEN)
-        yield Finding("runs", OK, f"{sum(counts.values())} runs, {is_open} of them open, none overdue")
+        yield Finding("runs", OK, f"{sum(counts.values())} known, {is_open} open, none overdue")
 
 
 def _machines(settings: Settings, engine: Engine, connect: bool) -> Iterator[Finding]:
@@ -340,16 +367,23 @@ def _machines(settings: Settings, engine: Engine, connect: bool) -> Iterator[Fin
 
     known = Machines(engine).list()
     if not known:
-        yield Finding("machines", INFO, "no machines yet", "chargehand edge install ADMIN@HOST, or machine add NAME --embedded")
+        yield Finding(
+            "machines", INFO, "no machines yet", "chargehand edge install ADMIN@HOST, or machine add NAME --embedded"
+        )
         return
     without = [machine.id for machine in known if machine.host_key is None]
     for name in without:
-        yield Finding("machines", WARNING, f"the host key of {name} is not accepted: nothing can run there", f"chargehand machine check {name}")
+        yield Finding(
+            "machines",
+            WARNING,
+            f"the host key of {name} is not accepted: nothing can run there",
+            f"chargehand machine check {name}",
+        )
     off = [machine.id for machine in known if not machine.enabled]
     if off:
         yield Finding("machines", INFO, f"out of service: {', '.join(off)}")
     if not without:
-        yield Finding("machines", OK, f"{len(known)} machines, every host key accepted")
+        yield Finding("machines", OK, f"{len(known)} known, every host key accepted")
     if connect:
         reachable = [machine for machine in known if machine.transport == SSH and machine.host_key is not None]
         yield from asyncio.run(_contacts(settings, reachable))
@@ -374,7 +408,9 @@ async def _contacts(settings: Settings, known: list[Machine]) -> list[Finding]:
             try:
                 seen = await look(gatekeeper)
             except ChargehandError as error:
-                return [Finding(name, CRITICAL, str(error), error.next_step or f"chargehand machine check {machine.id}")]
+                return [
+                    Finding(name, CRITICAL, str(error), error.next_step or f"chargehand machine check {machine.id}")
+                ]
         run = seen.status.get("run")
         known_run = {str(run.get("run_id"))} if isinstance(run, dict) else set()
         found = problems(machine, seen, version=VERSION, open_runs=frozenset(known_run))
@@ -410,7 +446,7 @@ def _mlflow(settings: Settings) -> Iterator[Finding]:
             yield Finding(
                 "mlflow", WARNING, f"nothing answers at {url}",
                 "a fresh server takes up to 40 s; spans wait in the spool until it does"
-                if settings.mlflow.mode == "embedded" else "check mlflow.url, route and the server; spans wait in the spool",
+                if settings.mlflow.mode == "embedded" else "check mlflow.url and the server; spans wait in the spool",
             )  # fmt: skip
 
 
@@ -428,7 +464,12 @@ def _spool(settings: Settings) -> Iterator[Finding]:
         with Spool(path, Redactor(), SpoolLimits(pending_bytes=size)) as spool:
             counts, gaps, rejected = spool.counts(), spool.gaps(), spool.rejected(1)
     except (SpoolUnusable, sqlite3.Error) as error:
-        yield Finding("spool", CRITICAL, f"the spool cannot be used: {error}", f"move {path} away: waiting spans are lost, runs are not")
+        yield Finding(
+            "spool",
+            CRITICAL,
+            f"the spool cannot be used: {error}",
+            f"move {path} away: waiting spans are lost, runs are not",
+        )
         return
     lost = sum(gap.spans for gap in gaps)
     if lost:
@@ -438,8 +479,11 @@ def _spool(settings: Settings) -> Iterator[Finding]:
         )  # fmt: skip
     if counts["rejected"]:
         why = rejected[0].reason if rejected else ""
-        yield Finding("spool", WARNING, f"MLflow refused {counts['rejected']} spans: {why[:200]}", "see the log of MLflow")
-    waiting = f"{counts['pending']} spans wait ({counts['pending_bytes']} of {size} bytes), {counts['delivered']} were delivered"
+        yield Finding(
+            "spool", WARNING, f"MLflow refused {counts['rejected']} spans: {why[:200]}", "see the log of MLflow"
+        )
+    waiting = f"{counts['pending']} spans wait ({counts['pending_bytes']} of {size} bytes)"
+    waiting += f", {counts['delivered']} were delivered"
     if counts["pending_bytes"] >= SPOOL_FULL * size:
         yield Finding("spool", WARNING, waiting, "start the gateway, or mend MLflow, before spans are dropped")
     elif counts["pending"] and running_gateway(settings.data_dir) is None:
@@ -461,7 +505,12 @@ def _model(settings: Settings) -> Iterator[Finding]:
                 # Looked up and thrown away: only whether it is there is told.
                 choice.spec.key.resolve(os.environ)
             except InferenceError as error:
-                yield Finding(shown, CRITICAL if name is None else WARNING, f"{said}: {error}", f"provide the key at {choice.spec.key}")
+                yield Finding(
+                    shown,
+                    CRITICAL if name is None else WARNING,
+                    f"{said}: {error}",
+                    f"provide the key at {choice.spec.key}",
+                )
                 continue
             said += f", its key is at {choice.spec.key}"
         yield Finding(shown, INFO if choice.spec.provider == "runbook" else OK, said)
@@ -474,7 +523,12 @@ def _runbooks(settings: Settings) -> Iterator[Finding]:
     try:
         known = load_all([own] if own.is_dir() else [])
     except BadRunbook as error:
-        yield Finding("runbooks", CRITICAL, error.problems[0], "chargehand runbook check FILE; until then no command that needs them works")
+        yield Finding(
+            "runbooks",
+            CRITICAL,
+            error.problems[0],
+            "chargehand runbook check FILE; until then no command that needs them works",
+        )
         return
     yield Finding("runbooks", OK, f"{len(known)} runbooks")
 
@@ -493,7 +547,9 @@ def _policy(settings: Settings) -> Iterator[Finding]:
     except BadPolicy as error:
         yield Finding("policy", CRITICAL, str(error), "chargehand policy check FILE")
     except OSError as error:
-        yield Finding("policy", CRITICAL, f"{error.filename} cannot be read: {error.strerror}", "correct policies in the settings")
+        yield Finding(
+            "policy", CRITICAL, f"{error.filename} cannot be read: {error.strerror}", "correct policies in the settings"
+        )
     else:
         yield Finding("policy", OK, f"{len(sources)} files compile")
 
@@ -510,7 +566,11 @@ def _versions(_: Settings | None) -> Iterator[Finding]:
     for said in wrong:
         yield Finding("packages", WARNING, said, "install chargehand[gateway] anew, in an environment of its own")
     if not wrong:
-        yield Finding("packages", OK, ", ".join(f"{name} {_installed(name)}" for name in ("a2a-sdk", "dbos", "mlflow", "asyncssh")))
+        yield Finding(
+            "packages",
+            OK,
+            ", ".join(f"{name} {_installed(name)}" for name in ("a2a-sdk", "dbos", "mlflow", "asyncssh")),
+        )
 
 
 def unmet_requirements() -> Iterator[str]:

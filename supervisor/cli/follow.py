@@ -105,7 +105,9 @@ def call_line(call: Executed) -> Text:
     row = call_row(call)
     words = " ".join(row["argv"]) or " ".join(f"{k}={v}" for k, v in call.arguments.items())
     more = len(row["steps"]) - 1
-    line = Text(f"{call.call_id:<4}") + Text(f"{row['decision'] or '?':<6}", DECISIONS.get(row["decision"] or "", "red"))
+    line = Text(f"{call.call_id:<4}") + Text(
+        f"{row['decision'] or '?':<6}", DECISIONS.get(row["decision"] or "", "red")
+    )
     line += styled(f"{call.tool:<18} ") + styled(words[:80] + (f" (+{more} more)" if more > 0 else ""), "dim")
     if call.executed:
         line += styled(f"  {seconds((row['duration_ms'] or 0) / 1000)}", "dim")
@@ -161,7 +163,9 @@ def _print_facts(document: JsonObject) -> None:
     tokens = document["tokens"]
     if document["model"] not in (None, "runbook"):
         cost = "unknown" if document["cost_usd"] is None else f"{document['cost_usd']:.4f} USD"
-        out.print(styled(f"  model   {document['model']}  {tokens['input']}+{tokens['output']} tokens  cost {cost}", "dim"))
+        out.print(
+            styled(f"  model   {document['model']}  {tokens['input']}+{tokens['output']} tokens  cost {cost}", "dim")
+        )
     if document["unit_after"] is not None:
         proven = document["unit_after"] in ("inactive", "not-started") and document["processes_after"] == 0
         text = f"  unit    {document['unit_after']}, {document['processes_after']} processes"

@@ -1,7 +1,7 @@
 """``chargehand init``: a settings file, the data directory and the gateway's keys.
 
-Owns: where they go, that nothing is overwritten unasked, what to do next. Deliberately does not know: what a setting means
-(``supervisor.settings`` writes the example), how keys are made.
+Owns: where they go, that nothing is overwritten unasked, what to do next. Deliberately does not know: what a setting
+means (``supervisor.settings`` writes the example), how keys are made.
 """
 
 from __future__ import annotations
@@ -35,9 +35,13 @@ def init(
         Path | None, typer.Option("--dir", help="Put everything there: DIR/chargehand.toml, data in DIR/data.")
     ] = None,
     config: Annotated[Path | None, typer.Option("--config", help="Where the settings file goes.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Write the settings file anew; the old one is kept beside it.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write the settings file anew; the old one is kept beside it.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    only_print: Annotated[bool, typer.Option("--print", help="Only print the settings file, with every setting.")] = False,
+    only_print: Annotated[
+        bool, typer.Option("--print", help="Only print the settings file, with every setting.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a commented chargehand.toml and make the data directory, the gateway's SSH key and its audit key.
@@ -92,7 +96,9 @@ def settings_text(data_dir: Path | None) -> str:
 def _init(path: Path, text: str, data_dir: Path | None, force: bool, yes: bool) -> JsonObject:
     backup = None
     if path.exists() and not path.is_file():
-        raise BadInput("there is something else where the settings file goes", expected="a file, or nothing", got=str(path))
+        raise BadInput(
+            "there is something else where the settings file goes", expected="a file, or nothing", got=str(path)
+        )
     if path.exists() and force and path.read_text("utf-8", "replace") != text:
         _may_replace(path, yes)
         backup = path.with_name(f"{path.name}.{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
@@ -126,7 +132,8 @@ def _may_replace(path: Path, yes: bool) -> None:
     answer = confirmed(f"Write {path} anew? The old one is kept beside it.", yes)
     if answer is None:
         raise BadInput(
-            f"replacing {path} has to be confirmed, and there is no terminal to ask at", next_step="add --yes to --force"
+            f"replacing {path} has to be confirmed, and there is no terminal to ask at",
+            next_step="add --yes to --force",
         )
     if not answer:
         raise Interrupted("nothing was changed")
@@ -149,7 +156,8 @@ def _write(path: Path, text: str, backup: Path | None) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise BadSettings(
-            f"{path} could not be written: {error.strerror}", next_step=f"check who may write {path.parent}, or use --dir"
+            f"{path} could not be written: {error.strerror}",
+            next_step=f"check who may write {path.parent}, or use --dir",
         ) from None
 
 

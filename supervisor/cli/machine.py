@@ -1,7 +1,8 @@
 """``chargehand machine add|list|show|remove|check``.
 
 Owns: the options, the question whether a host key is the machine's, what is printed, and the audit records of what an
-operator does to machines. Deliberately does not know: SSH (``supervisor.activation.ssh``), tables (``supervisor.store``).
+operator does to machines. Deliberately does not know: SSH (``supervisor.activation.ssh``), tables
+(``supervisor.store``).
 
 A host key is accepted by a person who saw its fingerprint, or by its fingerprint on the command line; never otherwise.
 """
@@ -82,7 +83,9 @@ def add(
         settings = settings_of(context)
         if embedded and address:
             raise BadInput(
-                "an embedded machine has no address: the gateway serves it", got=address, next_step="leave the address out"
+                "an embedded machine has no address: the gateway serves it",
+                got=address,
+                next_step="leave the address out",
             )
         if not embedded and not address:
             raise BadInput(
@@ -156,7 +159,8 @@ def _own_key(services: Services, name: str) -> HostKey:
 
 
 def _accepted_key(settings: Settings, machine: Machine, fingerprint: str) -> HostKey:
-    """The host key that the machine shows now, once it is accepted. Raises ``HostKeyUnknown``, ``MachineUnreachable``."""
+    """The host key that the machine shows now, once it is accepted. Raises ``HostKeyUnknown``,
+    ``MachineUnreachable``."""
     from supervisor.activation.ssh import scan_host_key
 
     shown = asyncio.run(scan_host_key(machine.address, machine.port, settings.limits.connect_s))
@@ -268,7 +272,10 @@ def show(context: typer.Context, name: NameArgument, as_json: JsonOption = False
             [
                 ("machine", styled(machine.id, "bold")),
                 ("where", "embedded in the gateway" if machine.transport == EMBEDDED else ""),
-                ("address", "" if machine.transport == EMBEDDED else f"{machine.user}@{machine.address}:{machine.port}"),
+                (
+                    "address",
+                    "" if machine.transport == EMBEDDED else f"{machine.user}@{machine.address}:{machine.port}",
+                ),
                 ("role", machine.role),
                 ("labels", " ".join(f"{key}={value}" for key, value in machine.labels.items())),
                 ("expected", state if isinstance(state, str) or state is None else json.dumps(state)),
@@ -284,7 +291,9 @@ def show(context: typer.Context, name: NameArgument, as_json: JsonOption = False
         )
         if runs:
             out.print()
-            table(("LAST RUNS", "STATE", "ASKED"), [(run.id, str(run.state), moment(run.created_at)) for run in runs], "")
+            table(
+                ("LAST RUNS", "STATE", "ASKED"), [(run.id, str(run.state), moment(run.created_at)) for run in runs], ""
+            )
 
 
 # --- remove ----------------------------------------------------------------------------------------------------------
@@ -335,7 +344,12 @@ def _must_be_idle(services: Services, name: str) -> None:
 def _remove(services: Services, machine: Machine) -> None:
     from supervisor.audit import bodies, kinds
 
-    told = {"address": machine.address, "port": machine.port, "user": machine.user, "host_key": machine.host_key_fingerprint}
+    told = {
+        "address": machine.address,
+        "port": machine.port,
+        "user": machine.user,
+        "host_key": machine.host_key_fingerprint,
+    }
     services.ledger.record(
         kinds.MACHINE_REMOVED, bodies.machine_changed(told, None), machine=machine.id, actor=operator()
     )
@@ -481,7 +495,12 @@ def _print_check(document: dict[str, Any]) -> None:
             ("system", f"{system}, kernel {edge['kernel']}, Python {edge['python']}"),
             ("host name", edge["hostname"]),
             ("landlock", f"ABI {landlock.get('abi')}: {landlock.get('level')}" if landlock.get("abi") else "none"),
-            ("clock", "unknown" if clock["offset_s"] is None else f"{clock['offset_s']:+.2f} s (± {clock['uncertainty_s']:.2f} s)"),
+            (
+                "clock",
+                "unknown"
+                if clock["offset_s"] is None
+                else f"{clock['offset_s']:+.2f} s (± {clock['uncertainty_s']:.2f} s)",
+            ),
             ("unit", document["unit"]),
             ("runs", styled(runs, "green" if idle else "yellow")),
             ("answered", f"after {seconds(document['connect_s'])}"),

@@ -53,7 +53,9 @@ class LazyGroup(TyperGroup):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
 
-app = typer.Typer(cls=LazyGroup, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=LazyGroup, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+)
 
 
 def _version(wanted: bool) -> None:
@@ -67,7 +69,9 @@ def chargehand(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option("--config", help="Settings file (chargehand.toml).")] = None,
     data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Data directory of the gateway.")] = None,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Governed AI agents on a fleet of Linux machines.
 

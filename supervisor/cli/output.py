@@ -25,8 +25,10 @@ from rich.text import Text
 
 from supervisor.errors import INTERNAL, INTERRUPTED, ChargehandError
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+# Without a terminal nothing is folded: the reader is a file or a program, and a word cut in two is no word.
+WIDE = 4000
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
+err = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else WIDE)
 
 SEVERITY_STYLE = {"ok": "green", "info": "cyan", "warning": "yellow", "critical": "bold red", "none": "dim"}
 STATE_STYLE = {
@@ -94,7 +96,12 @@ def fail(error: ChargehandError, as_json: bool) -> NoReturn:
         print_json(error.to_json())
     else:
         err.print(Text("error: ", "bold red") + styled(error.message))
-        for name, value in (("tried", error.tried), ("expected", error.expected), ("got", error.got), ("next", error.next_step)):
+        for name, value in (
+            ("tried", error.tried),
+            ("expected", error.expected),
+            ("got", error.got),
+            ("next", error.next_step),
+        ):
             if value not in (None, ""):
                 err.print(Text(f"  {name:<9}", "dim") + styled(value if isinstance(value, str) else repr(value)))
     raise typer.Exit(error.exit_code)

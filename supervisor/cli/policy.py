@@ -27,11 +27,15 @@ from tools.values import ALLOW, ASK, DENY, JsonObject, ToolCall, digest
 if TYPE_CHECKING:
     from supervisor.policy.loader import BadPolicy, PolicySource
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Show, check, test and explain what machines may do.")
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Show, check, test and explain what machines may do."
+)
 
 PolicyOption = Annotated[
     list[Path] | None,
-    typer.Option("--policy", metavar="FILE", help="This policy file (fleet first) instead of the settings'; repeatable."),
+    typer.Option(
+        "--policy", metavar="FILE", help="This policy file (fleet first) instead of the settings'; repeatable."
+    ),
 ]
 MachineOption = Annotated[str | None, typer.Option("--machine", help="The policy as it is for this machine.")]
 LabelOption = Annotated[list[str] | None, typer.Option("--label", help="key=value of a machine it is for; repeatable.")]
@@ -48,7 +52,10 @@ READ_BYTES = 1 << 18
 
 
 def _compiled(
-    context: typer.Context, files: Sequence[Path] | None, machine: str | None = None, labels: Sequence[str] | None = None
+    context: typer.Context,
+    files: Sequence[Path] | None,
+    machine: str | None = None,
+    labels: Sequence[str] | None = None,
 ) -> JsonObject:
     """The compiled policy that is meant. Raises ``BadInput`` with file, line and column."""
     from supervisor.policy.loader import BadPolicy, compile_policy, default_policy
@@ -137,7 +144,11 @@ def _show_summary(policy: Policy, policy_digest: str) -> None:
     )
     for effect, title in (("observe", "runs by itself"), ("change", "a person approves it")):
         rows = [
-            (f"  {rule.name}", styled(f"({', '.join(_changing(rule))})", "yellow") if effect == "change" else "", rule.reason)
+            (
+                f"  {rule.name}",
+                styled(f"({', '.join(_changing(rule))})", "yellow") if effect == "change" else "",
+                rule.reason,
+            )
             for rule in policy.rules
             if effect in _effects(rule)
         ]
@@ -150,7 +161,9 @@ def _show_summary(policy: Policy, policy_digest: str) -> None:
         table(("GRANTED without a person", "", ""), rows, "")
     if policy.never:
         out.print()
-        table(("NEVER: refused with an approval, too", ""), [(f"  {_some(e.names)}", e.reason) for e in policy.never], "")
+        table(
+            ("NEVER: refused with an approval, too", ""), [(f"  {_some(e.names)}", e.reason) for e in policy.never], ""
+        )
     err.print(styled("one program with its options: chargehand policy show PROGRAM", "dim"))
 
 
@@ -171,11 +184,17 @@ def _commands(command: Command, names: tuple[str, ...] = ()) -> Iterator[tuple[t
 
 def _effects(rule: Rule) -> set[str]:
     """The effects that calls of this program can have: its own where a form of it has none of its own."""
-    return {command.effect or rule.effect for _, command in _commands(rule.command) if not command.commands or command.bare}
+    return {
+        command.effect or rule.effect for _, command in _commands(rule.command) if not command.commands or command.bare
+    }
 
 
 def _changing(rule: Rule) -> list[str]:
-    return [" ".join(names) or "all" for names, command in _commands(rule.command) if (command.effect or rule.effect) == "change"]
+    return [
+        " ".join(names) or "all"
+        for names, command in _commands(rule.command)
+        if (command.effect or rule.effect) == "change"
+    ]
 
 
 def _show_program(policy: Policy, program: str, as_json: bool) -> None:
@@ -211,8 +230,12 @@ def _show_program(policy: Policy, program: str, as_json: bool) -> None:
         ]
     )
     for names, command in _commands(rule.command):
-        words = [f"[{'|'.join(option.names)}{f' <{option.kind.text}>' if option.kind else ''}]" for option in command.options]
-        words += [_count(positional.kind.text, positional.minimum, positional.maximum) for positional in command.positionals]
+        words = [
+            f"[{'|'.join(option.names)}{f' <{option.kind.text}>' if option.kind else ''}]" for option in command.options
+        ]
+        words += [
+            _count(positional.kind.text, positional.minimum, positional.maximum) for positional in command.positionals
+        ]
         if command.commands and not words and not command.bare:
             continue
         effect = command.effect or rule.effect
@@ -246,7 +269,9 @@ def check(
         else:
             for file in found:
                 if file["ok"]:
-                    out.print(styled("ok  ", "green") + styled(f"{file['file']}: {file['policy']} ({file['layer']} layer)"))
+                    out.print(
+                        styled("ok  ", "green") + styled(f"{file['file']}: {file['policy']} ({file['layer']} layer)")
+                    )
                     out.print(styled(f"    {file['rules']} programs, digest {file['digest']}", "dim"))
             for problem in wrong:
                 err.print(styled("error: ", "bold red") + styled(f"{problem['where']}: {problem['problem']}"))
@@ -276,7 +301,14 @@ def _check(files: Sequence[Path]) -> tuple[list[JsonObject], list[JsonObject]]:
         stack.insert(0, pack(DEFAULT_PACK))
     found: list[JsonObject] = []
     for path in files:
-        line: JsonObject = {"file": str(path), "ok": False, "policy": None, "layer": None, "rules": None, "digest": None}
+        line: JsonObject = {
+            "file": str(path),
+            "ok": False,
+            "policy": None,
+            "layer": None,
+            "rules": None,
+            "digest": None,
+        }
         source = sources.get(path)
         if source is not None:
             line.update(policy=source.name, layer=source.layer)
@@ -471,11 +503,18 @@ def explain(
                     f"  {word.text}" if word.text else "  (empty)",
                     word.role,
                     word.kind,
-                    styled(word.problem, "red") if word.problem else styled("" if word.role == "not read" else "fits", "green"),
+                    styled(word.problem, "red")
+                    if word.problem
+                    else styled("" if word.role == "not read" else "fits", "green"),
                 )
                 for word in stage.words
             ]
             table(("  WORD", "READ AS", "KIND", ""), rows, "")
-            facts = [("  rule", stage.rule), ("  effect", stage.effect), ("  added", _shown(stage.added)), ("  bounds", stage.bounds)]
+            facts = [
+                ("  rule", stage.rule),
+                ("  effect", stage.effect),
+                ("  added", _shown(stage.added)),
+                ("  bounds", stage.bounds),
+            ]
             fields(facts)
         _print_decision(said)

@@ -1,7 +1,7 @@
 """How the gate reads the words of a call: the view behind ``policy explain``.
 
-Owns: naming what each word was read as. Deliberately does not know: whether a call is allowed; ``tools.gate.decide`` says
-that, with the same grammar and the same kinds, so this view cannot allow anything.
+Owns: naming what each word was read as. Deliberately does not know: whether a call is allowed; ``tools.gate.decide``
+says that, with the same grammar and the same kinds, so this view cannot allow anything.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from tools.values import JsonObject, ToolCall
 
 @dataclasses.dataclass(frozen=True)
 class ReadWord:
-    """``text`` as it was sent; ``role``: what it was read as; ``kind``: what its value must be; ``problem``: why not."""
+    """``text`` as it was sent; ``role``: what it was read as; ``kind``: what its value must be; ``problem``: why
+    not."""
 
     text: str
     role: str
@@ -32,7 +33,8 @@ class ReadWord:
 
 @dataclasses.dataclass(frozen=True)
 class ReadStage:
-    """One process of a call. ``rule``: name and reason; ``added``: words the gate adds; ``bounds``: time, output, network."""
+    """One process of a call. ``rule``: name and reason; ``added``: words the gate adds; ``bounds``: time, output,
+    network."""
 
     words: tuple[ReadWord, ...]
     rule: str = ""

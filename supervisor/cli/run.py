@@ -66,7 +66,13 @@ async def _run(
     from supervisor.runs.request import request_run
     from supervisor.runs.services import open_services
 
-    asked: dict[str, Any] = {"machine": machine, "text": text, "runbook": runbook, "model": model, "requested_by": operator()}
+    asked: dict[str, Any] = {
+        "machine": machine,
+        "text": text,
+        "runbook": runbook,
+        "model": model,
+        "requested_by": operator(),
+    }
     elsewhere = running_gateway(settings.data_dir)
     if elsewhere is not None:
         services = await asyncio.to_thread(open_services, settings)
@@ -112,7 +118,8 @@ async def _follow(services: Any, run_id: str, mlflow_url: str | None, quiet: boo
             if interrupted:
                 following.cancel()
                 raise Interrupted(
-                    "interrupted twice; the run is being stopped by its lease", next_step=f"chargehand runs show {run_id}"
+                    "interrupted twice; the run is being stopped by its lease",
+                    next_step=f"chargehand runs show {run_id}",
                 ) from None
             interrupted = True
             err.print(styled("cancelling: the agent is stopped first (Ctrl-C again to leave at once)", "yellow"))

@@ -1,6 +1,7 @@
 """``chargehand runbook list|show|check``.
 
-Owns: what is printed. Deliberately does not know: what a runbook does (``tools.runbooks``), YAML (``supervisor.runbooks``).
+Owns: what is printed. Deliberately does not know: what a runbook does (``tools.runbooks``), YAML
+(``supervisor.runbooks``).
 """
 
 from __future__ import annotations
@@ -61,7 +62,11 @@ def list_runbooks(context: typer.Context, as_json: JsonOption = False) -> None:
             for book in known.values()
         ]
         table(("RUNBOOK", "WHAT IT LOOKS AT", "STEPS", "CHECKS"), rows, "no runbooks")
-        err.print(styled("one of them: chargehand runbook show NAME; on a machine: chargehand run MACHINE --runbook NAME", "dim"))
+        err.print(
+            styled(
+                "one of them: chargehand runbook show NAME; on a machine: chargehand run MACHINE --runbook NAME", "dim"
+            )
+        )
 
 
 @app.command()
@@ -110,7 +115,9 @@ def _print(book: Runbook) -> None:
         out.print()
         out.print(styled(step.title, "bold") + styled(f"  {step.observer} {parameters}".rstrip(), "dim"))
         for check in (check for check in book.checks if check.step == step.id):
-            line = styled(f"  {check.severity:<9}", SEVERITY_STYLE[check.severity]) + styled(condition(check, book.parameters))
+            line = styled(f"  {check.severity:<9}", SEVERITY_STYLE[check.severity]) + styled(
+                condition(check, book.parameters)
+            )
             out.print(line)
             if check.suggestion:
                 out.print(styled(f"           → {check.suggestion}", "cyan"))
@@ -152,7 +159,11 @@ def check(
                 found.append({"file": str(path), "ok": False, "runbook": None, "problems": list(error.problems)})
                 continue
             twice = names.setdefault(book.name, path)
-            problems = [] if twice is path else [f"{path}:1:1: the runbook {book.name!r} is already defined in {twice}; rename one"]
+            problems = (
+                []
+                if twice is path
+                else [f"{path}:1:1: the runbook {book.name!r} is already defined in {twice}; rename one"]
+            )
             found.append({"file": str(path), "ok": not problems, "runbook": book.name, "problems": problems})
         good = all(file["ok"] for file in found)
         if as_json:

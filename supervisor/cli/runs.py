@@ -89,7 +89,9 @@ def cancel(context: typer.Context, run: RunArgument, as_json: JsonOption = False
             raise BadInput(f"run {found.id} has ended already", expected="an open run", got=str(found.state))
         found = services.store.runs.request_cancel(found.id, operator())
         if as_json:
-            print_json({"run_id": found.id, "state": str(found.state), "cancel_requested_by": found.cancel_requested_by})
+            print_json(
+                {"run_id": found.id, "state": str(found.state), "cancel_requested_by": found.cancel_requested_by}
+            )
         else:
             out.print(styled(f"{found.id} is being cancelled; chargehand runs logs {found.id} --follow"))
 

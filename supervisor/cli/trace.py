@@ -1,7 +1,7 @@
 """``chargehand trace RUN``: the trace of a run as a tree.
 
-Owns: where the spans are taken from, and saying so: MLflow when it has the whole trace, else the spool, else derived anew
-from the stored events. Deliberately does not know: what a span means (``otel.tree`` makes the rows).
+Owns: where the spans are taken from, and saying so: MLflow when it has the whole trace, else the spool, else derived
+anew from the stored events. Deliberately does not know: what a span means (``otel.tree`` makes the rows).
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ _SAID = {
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """The spans of a run. ``source``: ``mlflow``, ``spool`` or ``store``; ``url``: of the trace in MLflow, if it is there;
-    ``in_mlflow``: how many spans MLflow holds, ``None`` if it could not be asked; ``note``: why it was not MLflow."""
+    """The spans of a run. ``source``: ``mlflow``, ``spool`` or ``store``; ``url``: of the trace in MLflow, if it is
+    there; ``in_mlflow``: how many spans MLflow holds, ``None`` if it could not be asked; ``note``: why it was not
+    MLflow."""
 
     spans: list[Span]
     source: str

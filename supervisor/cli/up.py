@@ -50,7 +50,9 @@ async def _up(settings: Settings, as_json: bool) -> None:
             for name, value in facts.items():
                 err.print(styled(f"  {name:<11}{value}", "dim"))
             if not machines:
-                err.print(styled("  no machines yet: chargehand edge install ADMIN@HOST, or machine add NAME --embedded"))
+                err.print(
+                    styled("  no machines yet: chargehand edge install ADMIN@HOST, or machine add NAME --embedded")
+                )
             err.print(styled("  Ctrl-C ends it; runs that are on end with their lease", "dim"))
         await stop.wait()
         if not as_json:

@@ -104,8 +104,8 @@ class PolicySource:
 # --- reading ---
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML without what makes a document mean something other than it shows."""
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Safe YAML (libyaml's where it is: five times as fast) without what makes a document mean something other than it shows."""
 
 
 def _node(node: yaml.Node, file: str) -> Node:

@@ -147,14 +147,21 @@ class Flow:
             except ChargehandError as error:
                 if error.code == "host-key-changed":
                     await self._services.record(
-                        run.machine, kinds.HOST_KEY_CHANGED, {"expected": error.expected, "got": error.got}, run_id=run_id
+                        run.machine,
+                        kinds.HOST_KEY_CHANGED,
+                        {"expected": error.expected, "got": error.got},
+                        run_id=run_id,
                     )
                 return {"started": False, "error": error.to_json()["error"]}
             seconds = self._seconds(run, activate=time.monotonic() - began)
             model = dict(plan.spec.to_json(), why=plan.why)
             runbook = plan.runbook.name if plan.runbook is not None else None
-            await self._move(run, State.RUNNING, self._services.settings.limits.task_s + 60, seconds=seconds, model=model)
-            await self._event(run_id, "plan", {"model": str(plan.spec), "why": plan.why, "runbook": runbook}, key="plan")
+            await self._move(
+                run, State.RUNNING, self._services.settings.limits.task_s + 60, seconds=seconds, model=model
+            )
+            await self._event(
+                run_id, "plan", {"model": str(plan.spec), "why": plan.why, "runbook": runbook}, key="plan"
+            )
         return {"started": True, "error": None}
 
     async def _plan(self, run: Run) -> Plan:
@@ -210,7 +217,9 @@ class Flow:
             key=f"{run.id}:lease:{generation}",
         )
         answer = await gatekeeper.start(document, limits.activate_s)
-        await self._event(run.id, "activated", {"seconds": answer.get("seconds"), "worker": answer.get("worker")}, "activated")
+        await self._event(
+            run.id, "activated", {"seconds": answer.get("seconds"), "worker": answer.get("worker")}, "activated"
+        )
         return run
 
     def _check_hello(self, machine: Machine, hello: JsonObject) -> None:
@@ -295,7 +304,9 @@ class Flow:
                 renewed, wait = time.monotonic(), float(limits.renew_s)
             except MachineUnreachable as error:
                 if time.monotonic() - renewed > limits.lease_s:
-                    raise LeaseLost(f"the machine could not be reached for {limits.lease_s} s: {error.message}") from error
+                    raise LeaseLost(
+                        f"the machine could not be reached for {limits.lease_s} s: {error.message}"
+                    ) from error
                 wait = RENEW_RETRY_S
 
     async def _watch_cancel(self, run_id: str) -> None:
@@ -433,7 +444,9 @@ def _uncalled(result: TaskResult) -> TaskResult:
     if result.outcome != "cancelled":
         return result
     return dataclasses.replace(
-        result, outcome="error", reason="the edge agent ended the task: its broker or its unit was stopped on the machine"
+        result,
+        outcome="error",
+        reason="the edge agent ended the task: its broker or its unit was stopped on the machine",
     )
 
 
@@ -469,7 +482,9 @@ class _Conversation:
                     if update.result is not None:
                         self._result = update.result
                     if update.state in ENDED and self._result is None:
-                        self._result = TaskResult("error", update.text or f"the worker ended the task as {update.state}", None)
+                        self._result = TaskResult(
+                            "error", update.text or f"the worker ended the task as {update.state}", None
+                        )
             except (TaskFailed, Malformed, ChargehandError) as error:
                 return self.partial("error", f"the conversation with the worker ended early: {error}")
         return self._result or TaskResult("error", "the worker ended the task without a result", None)
@@ -566,11 +581,17 @@ def _audited(kind: str, body: Mapping[str, Any]) -> tuple[str, JsonObject] | Non
     if kind == "call.finished" and isinstance(body.get("evidence"), Mapping):
         evidence = body["evidence"]
         steps = [
-            {name: step.get(name) for name in ("argv", "path", "exit_status", "signal", "stdout_digest", "stdout_bytes")}
+            {
+                name: step.get(name)
+                for name in ("argv", "path", "exit_status", "signal", "stdout_digest", "stdout_bytes")
+            }
             for step in evidence.get("steps") or []
         ]
-        return kinds.EVIDENCE, {"call_id": body.get("call_id"), "steps": steps, "evidence_digest": digest(dict(evidence))}
+        return kinds.EVIDENCE, {
+            "call_id": body.get("call_id"),
+            "steps": steps,
+            "evidence_digest": digest(dict(evidence)),
+        }
     if kind == "inference.finished":
         return kinds.INFERENCE, {**dict(body), "seen_by": "worker"}
     return None
-

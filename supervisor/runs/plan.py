@@ -138,5 +138,8 @@ def _instructions(profile: Mapping[str, Any], plan: Plan) -> str:
     if profile["expected_state"]:
         lines.append(f"- expected state: {profile['expected_state']}")
     if plan.runbook is not None:
-        lines += ["", f"Follow the runbook `{plan.runbook.name}` ({plan.runbook.title}) first, then look further if needed."]
+        lines += [
+            "",
+            f"Follow the runbook `{plan.runbook.name}` ({plan.runbook.title}) first, then look further if needed.",
+        ]
     return "\n".join(lines)

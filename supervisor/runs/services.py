@@ -118,11 +118,16 @@ class Services:
             return compile_policy([load(path.expanduser()) for path in self.settings.policies], labels)
         except BadPolicy as error:
             raise BadInput(
-                "a policy file is not right", tried=error.where, got=error.problem, next_step="chargehand policy check FILE"
+                "a policy file is not right",
+                tried=error.where,
+                got=error.problem,
+                next_step="chargehand policy check FILE",
             ) from error
         except OSError as error:
             raise BadInput(
-                f"a policy file cannot be read: {error.strerror}", tried=str(error.filename), next_step="see policies in chargehand.toml"
+                f"a policy file cannot be read: {error.strerror}",
+                tried=str(error.filename),
+                next_step="see policies in chargehand.toml",
             ) from error
 
     # -- audit
@@ -141,16 +146,12 @@ class Services:
         entry = Entry(kind, body, machine, run_id, actor, key)
         await self.ledger.append_async([entry])
 
-    async def record_all(
-        self, machine: str, records: Iterable[tuple[str, JsonObject, str]], *, run_id: str
-    ) -> None:
+    async def record_all(self, machine: str, records: Iterable[tuple[str, JsonObject, str]], *, run_id: str) -> None:
         """Append several records (kind, body, key) of a run at once."""
         entries = [Entry(kind, body, machine, run_id, f"agent:{machine}", key) for kind, body, key in records]
         await self.ledger.append_async(entries)
 
-    def check_journal(
-        self, run: Run, lines: Sequence[str], events: Sequence[Event], missing: str
-    ) -> SealedJournal:
+    def check_journal(self, run: Run, lines: Sequence[str], events: Sequence[Event], missing: str) -> SealedJournal:
         """Verify a collected journal, hold it against the stream, and keep it. ``missing``: why there is none."""
         known = self.ledger.records(run_id=run.id, kind=kinds.LEASE_GRANTED)
         started = bool(known)

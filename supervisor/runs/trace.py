@@ -146,7 +146,10 @@ class _Maker:
     def stage_attributes(self, stage: str) -> dict[str, Any]:
         run = self._run
         if stage == "task":
-            found: dict[str, Any] = {names.GEN_AI_OPERATION_NAME: names.OPERATION_INVOKE_AGENT, names.GEN_AI_AGENT_NAME: "edge"}
+            found: dict[str, Any] = {
+                names.GEN_AI_OPERATION_NAME: names.OPERATION_INVOKE_AGENT,
+                names.GEN_AI_AGENT_NAME: "edge",
+            }
             if self._content:
                 found[names.MLFLOW_SPAN_INPUTS] = {"text": run.text}
             return found
@@ -239,8 +242,8 @@ class _Maker:
         }
         failed = ""
         if evidence is not None:
-            bad = [step.get("exit_status") for step in steps if step.get("exit_status") != 0]
-            attributes[names.EXIT_STATUS] = str(bad[0]) if bad else "0"
+            statuses = [step["exit_status"] for step in steps if isinstance(step.get("exit_status"), int)]
+            attributes[names.EXIT_STATUS] = max(statuses, key=abs, default=0 if not steps else -1)
             attributes[names.OUTPUT_DIGEST] = [str(step.get("stdout_digest", "")) for step in steps][:16]
             attributes[names.HOST_DURATION_MS] = float(evidence.get("duration_ms") or 0.0)
             failed = str(evidence.get("error") or "")

@@ -55,7 +55,10 @@ def calls_of(events: Iterable[Event]) -> dict[str, Executed]:
         elif event.kind == "call.finished" and call_id in calls:
             evidence = event.body.get("evidence")
             calls[call_id] = dataclasses.replace(
-                calls[call_id], finished=True, executed=isinstance(evidence, dict), evidence=evidence if isinstance(evidence, dict) else None
+                calls[call_id],
+                finished=True,
+                executed=isinstance(evidence, dict),
+                evidence=evidence if isinstance(evidence, dict) else None,
             )
     return calls
 

@@ -23,7 +23,10 @@ def loaded_by(module: str) -> set[str]:
     [
         ("edge_agent.host.gatekeeper", {"supervisor", "inference", "a2a_bridge", "otel", "prompts", "quadlets"}),
         ("edge_agent.host.broker", {"supervisor", "inference", "a2a_bridge", "otel", "prompts", "quadlets", "asyncio"}),
-        ("edge_agent.worker.agent", {"supervisor", "edge_agent.host", "otel", "quadlets", "mlflow", "dbos", "asyncssh"}),
+        (
+            "edge_agent.worker.agent",
+            {"supervisor", "edge_agent.host", "otel", "quadlets", "mlflow", "dbos", "asyncssh"},
+        ),
         ("a2a_bridge.server", {"supervisor", "edge_agent", "inference", "openai", "anthropic"}),
         ("inference.loop", {"supervisor", "edge_agent", "a2a_bridge", "openai", "anthropic", "a2a"}),
         ("tools.gate", {"supervisor", "edge_agent", "a2a_bridge", "inference", "otel", "yaml"}),

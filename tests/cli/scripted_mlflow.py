@@ -65,7 +65,12 @@ class ScriptedMlflow:
         request = MessageToDict(
             ExportTraceServiceRequest.FromString(encode(self.traces[trace])), preserving_proto_field_name=True
         )
-        spans = [span for resource in request["resource_spans"] for scope in resource["scope_spans"] for span in scope["spans"]]
+        spans = [
+            span
+            for resource in request["resource_spans"]
+            for scope in resource["scope_spans"]
+            for span in scope["spans"]
+        ]
         return {"trace_info": {"trace_id": f"tr-{trace}"}, "spans": spans}
 
     def __enter__(self) -> Self:

@@ -25,8 +25,14 @@ def open_run(services: Services, state: State = State.RUNNING) -> Run:
     """A run that is on, in ``state`` (one of queued, activating, running)."""
     added_machine(services)
     runs = services.store.runs
-    run = runs.create(machine=MACHINE, requested_by="operator:anna", text="why is it slow?", not_after=time.time() + 900)
-    for before, after in ((State.REQUESTED, State.QUEUED), (State.QUEUED, State.ACTIVATING), (State.ACTIVATING, State.RUNNING)):
+    run = runs.create(
+        machine=MACHINE, requested_by="operator:anna", text="why is it slow?", not_after=time.time() + 900
+    )
+    for before, after in (
+        (State.REQUESTED, State.QUEUED),
+        (State.QUEUED, State.ACTIVATING),
+        (State.ACTIVATING, State.RUNNING),
+    ):
         if run.state == state:
             break
         run = runs.move(run.id, before, after, deadline=time.time() + 60).run
@@ -41,7 +47,9 @@ def sealed_run(services: Services, calls: int = 2) -> Run:
         add(run.id, "stage.started", {"stage": stage}, key=f"{stage}:started")
     events = [Event(1, "inference.started", {"inference_id": "i1", "provider": "openai", "model": "m", "step": 1})]
     usage = {"input_tokens": 7, "output_tokens": 5, "cost_usd": None}
-    events.append(Event(2, "inference.finished", {"inference_id": "i1", "usage": usage, "stop_reason": "end", "duration_ms": 3.0}))
+    events.append(
+        Event(2, "inference.finished", {"inference_id": "i1", "usage": usage, "stop_reason": "end", "duration_ms": 3.0})
+    )
     records = [Entry(kinds.INFERENCE, {"inference_id": "i1", "seen_by": "worker"}, MACHINE, run.id, f"agent:{MACHINE}")]
     for number in range(1, calls + 1):
         call = ToolCall(f"c{number}", "exec", {"argv": ["df", "-h"]})

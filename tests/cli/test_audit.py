@@ -30,7 +30,9 @@ def external(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setenv("CHARGEHAND_MLFLOW__URL", url)
 
 
-def test_records_are_shown_oldest_first_and_chosen_by_machine_run_and_kind(command: Command, services: Services) -> None:
+def test_records_are_shown_oldest_first_and_chosen_by_machine_run_and_kind(
+    command: Command, services: Services
+) -> None:
     run = sealed_run(services)
     services.ledger.record(kinds.GATEWAY_STARTED, {"pid": 1})
     everything = command("audit", "show", "--json").json["records"]
@@ -72,7 +74,11 @@ def test_verifying_makes_no_key(command: Command, services: Services, data_dir: 
 @pytest.mark.parametrize(
     ("statement", "kind", "seq"),
     [
-        (f"UPDATE audit_records SET actor = 'operator:eve' WHERE chain = 'machine:{MACHINE}' AND seq = 3", "changed", 3),
+        (
+            f"UPDATE audit_records SET actor = 'operator:eve' WHERE chain = 'machine:{MACHINE}' AND seq = 3",
+            "changed",
+            3,
+        ),
         (f"DELETE FROM audit_records WHERE chain = 'machine:{MACHINE}' AND seq = 2", "removed", 2),
         (f"DELETE FROM audit_records WHERE chain = 'machine:{MACHINE}' AND seq = 5", "truncated", 5),
     ],
@@ -89,7 +95,9 @@ def test_a_broken_chain_is_told_at_its_place_with_exit_status_5(
     assert text.status == 5 and f"{kind}: machine:{MACHINE} {seq}" in text.out
 
 
-def test_an_export_verifies_anywhere_and_a_changed_one_does_not(command: Command, services: Services, tmp_path: Path) -> None:
+def test_an_export_verifies_anywhere_and_a_changed_one_does_not(
+    command: Command, services: Services, tmp_path: Path
+) -> None:
     sealed_run(services)
     target = tmp_path / "export"
     done = command("audit", "export", str(target), "--json")
@@ -97,7 +105,9 @@ def test_an_export_verifies_anywhere_and_a_changed_one_does_not(command: Command
     assert command("audit", "verify", str(target), "--json").json["verified"]
     kept = target / "audit-key.pub.pem"
     assert command("audit", "verify", str(target), "--key", str(kept)).status == 0
-    alone = subprocess.run([sys.executable, "-I", str(target / "verify_audit.py"), str(target)], capture_output=True, check=False)
+    alone = subprocess.run(
+        [sys.executable, "-I", str(target / "verify_audit.py"), str(target)], capture_output=True, check=False
+    )
     assert alone.returncode == 0, alone.stdout
     assert command("audit", "export", str(target), "--json").json["error"]["code"] == "conflict"
     file = target / "audit.jsonl"
@@ -109,7 +119,9 @@ def test_an_export_verifies_anywhere_and_a_changed_one_does_not(command: Command
 
 def test_gaps_on_record_are_told_when_the_chain_holds(command: Command, services: Services) -> None:
     run = sealed_run(services)
-    services.ledger.record(kinds.AUDIT_GAP, {"message": "c9 was never \x1b[31mstreamed"}, machine=MACHINE, run_id=run.id)
+    services.ledger.record(
+        kinds.AUDIT_GAP, {"message": "c9 was never \x1b[31mstreamed"}, machine=MACHINE, run_id=run.id
+    )
     said = command("audit", "verify")
     assert said.status == 0 and "c9 was never \\x1b[31mstreamed" in said.out
     assert command("audit", "verify", "--json").json["gaps"][0]["run_id"] == run.id
@@ -131,7 +143,7 @@ def test_a_complete_trace_has_the_same_calls_as_the_record(
         text = command("audit", "verify", "--against-mlflow").out
     assert said.status == 0
     assert said.json["mlflow"] == {"complete": True, "runs": 2, "mismatches": []}
-    assert "2 sealed runs have the same calls" in text
+    assert "(sealed runs: 2)" in text
 
 
 def test_each_side_that_is_missing_is_told_for_exactly_that_call(
@@ -197,7 +209,9 @@ def test_mismatches_stand_in_the_order_of_the_calls() -> None:
     assert [mismatch.item for mismatch in found] == ["c2", "c10", "i1", "x\x00"]
 
 
-def test_a_record_body_is_shown_as_json_or_as_the_text_it_is(command: Command, services: Services, data_dir: Path) -> None:
+def test_a_record_body_is_shown_as_json_or_as_the_text_it_is(
+    command: Command, services: Services, data_dir: Path
+) -> None:
     sealed_run(services)
     damage(data_dir, f"UPDATE audit_records SET body = '{{broken' WHERE chain = 'machine:{MACHINE}' AND seq = 1")
     records = command("audit", "show", "--json").json["records"]

@@ -65,7 +65,9 @@ def test_wrong_settings_are_the_first_finding(command: Command, tmp_path: Path) 
     assert said.status == 1 and "lease_s" in wrong(said.json)["settings"]
 
 
-def test_what_others_may_read_or_write_is_found(command: Command, healthy: Services, data_dir: Path, tmp_path: Path) -> None:
+def test_what_others_may_read_or_write_is_found(
+    command: Command, healthy: Services, data_dir: Path, tmp_path: Path
+) -> None:
     config = tmp_path / "config" / "chargehand" / "chargehand.toml"
     for path, mode in ((data_dir, 0o755), (data_dir / "audit-key.pem", 0o640), (data_dir / "keys/gateway_ed25519", 0o644),
                        (data_dir / "chargehand.db", 0o644), (config, 0o666)):  # fmt: skip
@@ -101,7 +103,9 @@ def test_the_quick_look_reads_only_the_end_of_a_chain(healthy: Services, monkeyp
     assert doctor.quick_breaks(healthy.ledger, f"machine:{MACHINE}") == []
 
 
-def test_a_database_of_another_version_or_no_database_at_all_is_told(command: Command, healthy: Services, data_dir: Path) -> None:
+def test_a_database_of_another_version_or_no_database_at_all_is_told(
+    command: Command, healthy: Services, data_dir: Path
+) -> None:
     with sqlite3.connect(data_dir / "chargehand.db") as connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
     connection.close()
@@ -154,7 +158,9 @@ def test_what_the_spool_lost_or_mlflow_refused_is_found(command: Command, health
     assert said.status == 1 and "\x1b" not in said.out and "MLflow refused 1 spans" in said.out
 
 
-def test_mlflow_is_asked_where_it_should_be(command: Command, healthy: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_is_asked_where_it_should_be(
+    command: Command, healthy: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
     external(monkeypatch, "http://127.0.0.1:1")
     assert "127.0.0.1:1" in wrong(command("doctor", "--json").json)["mlflow"]
     with ScriptedMlflow() as mlflow:
@@ -162,7 +168,9 @@ def test_mlflow_is_asked_where_it_should_be(command: Command, healthy: Services,
         assert command("doctor", "--json").status == 0
 
 
-def test_a_model_key_is_looked_for_and_never_shown(command: Command, healthy: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_key_is_looked_for_and_never_shown(
+    command: Command, healthy: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CHARGEHAND_MODEL__PROVIDER", "openai")
     monkeypatch.setenv("CHARGEHAND_MODEL__KEY", "env:MY_MODEL_KEY")
     assert "MY_MODEL_KEY" in wrong(command("doctor", "--json").json)["model"]

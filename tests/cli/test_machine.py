@@ -32,7 +32,9 @@ def recorded(services: Services, machine: str = "web-01") -> list[tuple[str, str
 def test_a_machine_is_added_with_the_fingerprint_that_was_named(
     command: Command, ssh_machine: ScriptedMachine, services: Services
 ) -> None:
-    said = add(command, ssh_machine, "--accept-host-key", ssh_machine.shown.fingerprint, "--label", "role=web", "--json")
+    said = add(
+        command, ssh_machine, "--accept-host-key", ssh_machine.shown.fingerprint, "--label", "role=web", "--json"
+    )
     assert said.status == 0
     assert said.json["machine"]["host_key_fingerprint"] == ssh_machine.shown.fingerprint
     assert said.json["machine"]["labels"] == {"role": "web"}

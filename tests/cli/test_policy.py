@@ -97,7 +97,9 @@ def test_lines_are_answered_one_by_one_and_a_malformed_one_does_not_stop_the_res
 
 
 def test_a_line_that_is_too_long_is_one_error_line(command: Command) -> None:
-    said = command("policy", "test", "--stdin", "--json", stdin=b'{"argv": ["' + b"x" * 1_100_000 + b'"]}\n{"argv": ["df"]}\n')
+    said = command(
+        "policy", "test", "--stdin", "--json", stdin=b'{"argv": ["' + b"x" * 1_100_000 + b'"]}\n{"argv": ["df"]}\n'
+    )
     answers = [json.loads(line) for line in said.out.splitlines()]
     assert [next(iter(answer)) for answer in answers] == ["error", "decision"]
     assert answers[0]["error"]["line"] == 1
@@ -137,7 +139,10 @@ class _Dripping(io.RawIOBase):
         return piece
 
 
-@given(st.lists(st.binary(max_size=8).filter(lambda line: b"\n" not in line), max_size=12), st.lists(st.integers(1, 9), max_size=30))
+@given(
+    st.lists(st.binary(max_size=8).filter(lambda line: b"\n" not in line), max_size=12),
+    st.lists(st.integers(1, 9), max_size=30),
+)
 def test_lines_are_the_same_however_they_arrive(lines: list[bytes], sizes: list[int]) -> None:
     wanted = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     got = [item for batch in _batches(_Dripping(b"\n".join(lines), sizes)) for item in batch]  # type: ignore[arg-type]
@@ -212,7 +217,9 @@ def test_a_machine_label_decides_which_layers_count(command: Command, small: Pat
         ("policy: p\nextends: nosuch\n", ":2:10"),
     ],
 )
-def test_a_wrong_policy_file_is_told_with_its_exact_place(command: Command, tmp_path: Path, text: str, place: str) -> None:
+def test_a_wrong_policy_file_is_told_with_its_exact_place(
+    command: Command, tmp_path: Path, text: str, place: str
+) -> None:
     path = tmp_path / "wrong.yaml"
     path.write_text(text, "utf-8")
     said = command("policy", "check", str(path), "--json")
@@ -223,7 +230,9 @@ def test_a_wrong_policy_file_is_told_with_its_exact_place(command: Command, tmp_
     assert used.status == 2 and used.json["error"]["tried"].startswith(f"{path}{place}")
 
 
-def test_every_wrong_file_is_told_and_one_that_is_not_there_as_well(command: Command, small: Path, tmp_path: Path) -> None:
+def test_every_wrong_file_is_told_and_one_that_is_not_there_as_well(
+    command: Command, small: Path, tmp_path: Path
+) -> None:
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("rules: {}\n", "utf-8")
     said = command("policy", "check", str(small), str(wrong), str(tmp_path / "none.yaml"), "--json")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.edge_install.lab_machines import Admin, of_the_agent, start_with_a_stand_in, unit, user_control
+from tests.edge_install.lab_machines import BOX_LIMITS, Admin, of_the_agent, start_with_a_stand_in, unit, user_control
 from tests.lab.box import wait_until
-from tests.lab.machine import Machine
+from tests.lab.machine import Lab, Machine
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(300)]
 
@@ -26,10 +27,22 @@ def states(machine: Machine) -> set[str]:
     return {unit(machine, name, "ActiveState")["ActiveState"] for name in ("chargehand-agent", "chargehand-broker")}
 
 
+@pytest.fixture(scope="module")
+def shared(lab: Lab, archive: Path, gateway: Path) -> Iterator[Machine]:
+    """One installed machine for all tests of this module."""
+    made = lab.machine()
+    made.write(BOX_LIMITS, "[containers]\ndefault_sysctls = []\n")
+    Admin(made, archive, gateway).install()
+    yield made
+    lab.remove(made)
+
+
 @pytest.fixture
-def installed(bare: Machine, archive: Path, gateway: Path) -> Machine:
-    Admin(bare, archive, gateway).install()
-    return bare
+def installed(shared: Machine) -> Iterator[Machine]:
+    """The machine with nothing running, before and after."""
+    yield shared
+    shared.run([*user_control(shared), "stop", "chargehand-agent", "chargehand-broker"], user="chargehand")
+    shared.run([*user_control(shared), "reset-failed"], user="chargehand")
 
 
 def test_the_units_live_and_die_together(installed: Machine) -> None:

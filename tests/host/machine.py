@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from edge_agent.host import clock
 from tests.host.processes import PYTHON, alive, until
@@ -173,8 +173,8 @@ class Machine:
         stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         stream.settimeout(20)
         stream.connect(str(self.run_dir / "worker" / "a2a.sock"))
-        with stream:
-            yield WorkerSide(stream)
+        with stream, stream.makefile("rb") as lines:
+            yield WorkerSide(stream, lines)
 
     def clean_up(self) -> None:
         for pid in self.below() | set(self.pids().values()):
@@ -186,9 +186,9 @@ class Machine:
 class WorkerSide:
     """The worker's end of ``tools.sock``."""
 
-    def __init__(self, stream: socket.socket) -> None:
+    def __init__(self, stream: socket.socket, lines: BinaryIO) -> None:
         self.stream = stream
-        self._lines = stream.makefile("rb")
+        self._lines = lines
 
     def send(self, document: Any) -> None:
         self.stream.sendall(json.dumps(document).encode() + b"\n")

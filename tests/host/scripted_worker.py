@@ -81,13 +81,12 @@ while True:
             continue
         data = stream.recv(65536)
         if stream is driver:
-            if data == b"DEAF\n":
+            if data.startswith(b"DEAF "):
                 # From now on it asks and never reads.
-                number = 0
-                while True:
-                    number += 1
-                    broker.sendall(b'{"call":{"call_id":"c%d","tool":"exec","arguments":{"argv":["act","much"]}}}\n' % number)
-                    time.sleep(0.001)
+                for number in range(1, 1000):
+                    call = b'{"call":{"call_id":"c%d","tool":"read","arguments":{"path":"%s"}}}\n'
+                    broker.sendall(call % (number, data[5:].strip()))
+                    time.sleep(0.01)
             if data:
                 broker.sendall(data)
             else:

@@ -92,9 +92,7 @@ class LeaseMachine(RuleBasedStateMachine):
             admit(again, CONFIG, self.state, self.now, self.boot)
 
     @precondition(lambda self: self.lease is not None)
-    @rule(
-        run=st.sampled_from(RUNS), generation=st.integers(-1, 6), seq=st.integers(-1, 8), lease_s=st.floats(0, 100)
-    )
+    @rule(run=st.sampled_from(RUNS), generation=st.integers(-1, 6), seq=st.integers(-1, 8), lease_s=st.floats(0, 100))
     def a_gateway_renews(self, run: str, generation: int, seq: int, lease_s: float) -> None:
         assert self.lease is not None
         mine = (run, generation) == (self.lease.grant.run_id, self.lease.grant.generation)

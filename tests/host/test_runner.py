@@ -69,9 +69,7 @@ def test_a_stage_that_nobody_reads_any_more_dies_of_sigpipe() -> None:
     assert result["exit_status"] == 0
 
 
-@pytest.mark.parametrize(
-    ("mode", "stdout", "stderr"), [("keep", "o", "e"), ("discard", "o", ""), ("stdout", "oe", "")]
-)
+@pytest.mark.parametrize(("mode", "stdout", "stderr"), [("keep", "o", "e"), ("discard", "o", ""), ("stdout", "oe", "")])
 def test_stderr_is_kept_discarded_or_merged(mode: str, stdout: str, stderr: str) -> None:
     result = run(script("import os; os.write(1, b'o'); os.write(2, b'e')", stderr=mode))
     assert (result["stdout"], result["stderr"]) == (stdout, stderr)
@@ -532,7 +530,9 @@ def test_nothing_of_a_pipeline_runs_if_its_last_binary_is_refused(program: Path,
 
 
 def read(path: str, offset: int = 0, length: int = 65536) -> Any:
-    return access_file(FileAccess("read", path, "/", offset, length), lambda a: os.open(a.path, os.O_RDONLY | os.O_NONBLOCK))
+    return access_file(
+        FileAccess("read", path, "/", offset, length), lambda a: os.open(a.path, os.O_RDONLY | os.O_NONBLOCK)
+    )
 
 
 def test_a_range_of_a_file_is_read(tmp_path: Path) -> None:

@@ -49,7 +49,9 @@ def test_a_shipped_file_uses_nothing_newer_than_3_9_at_run_time(path: Path) -> N
             keywords = {keyword.arg for keyword in node.keywords}
             name = ast.unparse(node.func)
             assert not (name == "zip" and "strict" in keywords), f"line {node.lineno}: zip(strict=)"
-            assert not (name.endswith("dataclass") and keywords & {"slots", "kw_only", "match_args"}), f"line {node.lineno}"
+            assert not (name.endswith("dataclass") and keywords & {"slots", "kw_only", "match_args"}), (
+                f"line {node.lineno}"
+            )
             assert not name.endswith((".bit_count", "itertools.pairwise")), f"line {node.lineno}: {name}"
         assert not isinstance(node, ast.Match | ast.TryStar), f"line {node.lineno}"
     source = path.read_text(encoding="utf-8")

@@ -288,7 +288,8 @@ def test_a_lab_by_hand_says_how_to_reach_it_and_is_taken_away_when_told_to_end(n
         record = next(record for record in state.records() if record.lab_id == lab_id)
         commands = [line for line in said if line.startswith("ssh ")]
         answers = [
-            subprocess.run(["sh", "-c", f"{line} hostname"], capture_output=True, text=True, check=False) for line in commands
+            subprocess.run(["sh", "-c", f"{line} hostname"], capture_output=True, text=True, check=False)
+            for line in commands
         ]
         up.send_signal(number)
         up.wait(30)

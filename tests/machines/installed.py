@@ -42,7 +42,17 @@ def worker_image() -> Iterator[Path]:
     """The worker's image as ``make image`` builds it without a container engine."""
 
     def build(target: Path) -> None:
-        words = [sys.executable, "-m", "quadlets.image", "--engine", "none", "--suite", "trixie", "--output", str(target)]
+        words = [
+            sys.executable,
+            "-m",
+            "quadlets.image",
+            "--engine",
+            "none",
+            "--suite",
+            "trixie",
+            "--output",
+            str(target),
+        ]
         subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
     with oci.kept_archive(sources_digest(), build) as archive:

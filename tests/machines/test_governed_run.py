@@ -193,11 +193,15 @@ async def test_a_killed_gateway_leaves_nothing_running_past_the_lease(installed:
     inactive(installed)
 
 
-async def test_a_cut_cable_ends_the_run_on_the_machine_and_the_gateway_says_so(installed: Installed, scripted: Any) -> None:
+async def test_a_cut_cable_ends_the_run_on_the_machine_and_the_gateway_says_so(
+    installed: Installed, scripted: Any
+) -> None:
     slow = {"tool_calls": [{"name": "exec", "arguments": {"argv": ["vmstat", "1", "30"]}}]}
     async with ScriptedServer([slow], repeat_last=True) as server:
         scripted(server)
-        async with gateway_on(installed.data_dir, lease_s=6, renew_s=2, connect_s=3, verb_s=4, keepalive_s=2) as running:
+        async with gateway_on(
+            installed.data_dir, lease_s=6, renew_s=2, connect_s=3, verb_s=4, keepalive_s=2
+        ) as running:
             run = await ask(running, machine=installed.name)
             await event(running, run, "call.decided", 60)
             installed.machine.cut()
@@ -217,7 +221,13 @@ async def test_a_changed_host_key_stops_everything(installed: Installed) -> None
     machine = installed.machine
     known = machine.known_hosts.read_text()
     machine.run(["cp", "-a", "/etc/ssh/ssh_host_ed25519_key", "/etc/ssh/ssh_host_ed25519_key.pub", "/root/"])
-    machine.run(["sh", "-c", "rm /etc/ssh/ssh_host_ed25519_key* && ssh-keygen -q -t ed25519 -N '' -f /etc/ssh/ssh_host_ed25519_key"])
+    machine.run(
+        [
+            "sh",
+            "-c",
+            "rm /etc/ssh/ssh_host_ed25519_key* && ssh-keygen -q -t ed25519 -N '' -f /etc/ssh/ssh_host_ed25519_key",
+        ]
+    )
     changed = machine.read("/etc/ssh/ssh_host_ed25519_key.pub").decode()
     # The lab's own ssh must go on working: it is told both keys.
     machine.known_hosts.write_text(known + f"{machine.address} {changed}")

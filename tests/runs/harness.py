@@ -31,7 +31,9 @@ async def embedded_gateway(directory: Path, **limits: Any) -> AsyncIterator[Gate
         machines = running.services.store.machines
         if not machines.list():
             machines.add(
-                Machine(id=MACHINE, address="127.0.0.1", port=serving.endpoint[1], user="chargehand", transport=EMBEDDED)
+                Machine(
+                    id=MACHINE, address="127.0.0.1", port=serving.endpoint[1], user="chargehand", transport=EMBEDDED
+                )
             )
             machines.accept_host_key(MACHINE, host_key(serving.host_key_line).text, "test")
         yield running
@@ -77,4 +79,6 @@ def bodies_of(running: Gateway, run: Run, kind: str) -> list[dict[str, Any]]:
 
 def told(run: Run) -> str:
     """What a failed assertion about a run should show."""
-    return json.dumps({name: value for name, value in run.to_json().items() if value is not None}, default=str, indent=1)
+    return json.dumps(
+        {name: value for name, value in run.to_json().items() if value is not None}, default=str, indent=1
+    )

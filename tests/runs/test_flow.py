@@ -47,7 +47,9 @@ async def test_a_run_ends_sealed_traced_and_with_nothing_left(tmp_path: Path) ->
         recorded = kinds_of(running, run)
         for kind in (kinds.RUN_REQUESTED, kinds.LEASE_GRANTED, kinds.DECISION, kinds.EVIDENCE, kinds.JOURNAL_SEALED):
             assert kind in recorded
-        assert recorded.index(kinds.LEASE_GRANTED) < recorded.index(kinds.DECISION) < recorded.index(kinds.JOURNAL_SEALED)
+        assert (
+            recorded.index(kinds.LEASE_GRANTED) < recorded.index(kinds.DECISION) < recorded.index(kinds.JOURNAL_SEALED)
+        )
         sealed = bodies_of(running, run, kinds.JOURNAL_SEALED)[0]
         assert sealed["verified"] and sealed["gaps"] == 0 and sealed["lines"] > 5
         assert verify(running.services.ledger).verified
@@ -166,7 +168,9 @@ async def test_a_cancel_in_the_middle_of_a_command_kills_it_and_says_so(
             assert run.verdict["audit_gaps"] == []
 
 
-async def test_a_worker_that_dies_fails_the_run_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_worker_that_dies_fails_the_run_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with ScriptedServer([{"text": "thinking", "fault": "hang", "after": 1}], repeat_last=True) as server:
         monkeypatch.setenv("OPENAI_API_KEY", "sk-test-000000000000000000000")
         monkeypatch.setenv("OPENAI_BASE_URL", server.openai_url)

@@ -76,9 +76,13 @@ _bodies = st.dictionaries(
 
 
 @given(
-    st.lists(st.builds(Event, st.integers(1, 9), st.sampled_from(["call.asked", "call.decided", "call.finished"]), _bodies)),
+    st.lists(
+        st.builds(Event, st.integers(1, 9), st.sampled_from(["call.asked", "call.decided", "call.finished"]), _bodies)
+    ),
     st.lists(st.builds(Finding, st.text(max_size=3), st.sampled_from(SEVERITIES), st.text(max_size=3))),
 )
-def test_whatever_was_streamed_an_uncited_finding_is_never_accepted(events: list[Event], findings: list[Finding]) -> None:
+def test_whatever_was_streamed_an_uncited_finding_is_never_accepted(
+    events: list[Event], findings: list[Finding]
+) -> None:
     assert judge(reported(*findings), events).findings == ()
     calls_of(events)
