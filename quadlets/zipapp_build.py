@@ -13,12 +13,6 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-MAIN = """\
-from edge_agent.host.main import main
-
-raise SystemExit(main())
-"""
-
 PACKED = ("edge_agent/host", "tools")
 """Folders whose Python files are packed, next to `edge_agent/__init__.py`."""
 
@@ -53,7 +47,12 @@ def host_sources(source_root: Path) -> dict[str, bytes]:
         if needed not in chosen or not chosen[needed].is_file():
             raise BuildError(f"cannot pack the machine side: expected {needed} under {source_root}, found none")
     contents = {name: path.read_bytes() for name, path in chosen.items()}
-    contents["__main__.py"] = MAIN.encode()
+    contents = dict(sorted(contents.items()))
+    digest = hashlib.sha256()
+    for name, data in contents.items():
+        digest.update(b"%s\0%d\0%s" % (name.encode(), len(data), data))
+    main = Path(__file__).with_name("zipapp_main.py").read_text(encoding="utf-8")
+    contents["__main__.py"] = main.replace("@SOURCES@", digest.hexdigest()[:32]).encode()
     return dict(sorted(contents.items()))
 
 

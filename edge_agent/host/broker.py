@@ -12,6 +12,7 @@ written it refuses every call and does not prolong its lease.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -441,12 +442,15 @@ def main(home: Home) -> int:
         run_dir = home.run_dir(config)
         grant, granted_at = take_lease(home, run_dir)
         policy = Policy.from_json(grant.policy)
+        lease_digest = grant.digest
+        # From here on only its compiled form is needed.
+        grant = dataclasses.replace(grant, policy={})
         lease = Lease(grant, granted_at, config.max_lease_s)
         journal = Journal(home.journal_path(grant.run_id), grant.run_id)
         journal.append(
             "lease.started",
             {
-                "lease_digest": grant.digest,
+                "lease_digest": lease_digest,
                 "machine": grant.machine,
                 "generation": grant.generation,
                 "policy_digest": grant.policy_digest,
@@ -462,6 +466,7 @@ def main(home: Home) -> int:
         said = error.next_step if isinstance(error, HostError) else ""
         sys.stderr.write("chargehand-broker: %s%s\n" % (error, "; " + said if said else ""))
         return 1
+    confine.give_back_memory()
     notify("READY=1")
     reason = broker.serve()
     notify("STOPPING=1")

@@ -61,6 +61,14 @@ def hide_memory() -> None:
     _prctl(PR_SET_DUMPABLE, 0)
 
 
+def give_back_memory() -> None:
+    """Hand what was freed back to the system, where the C library can (malloc_trim(3), glibc): reading a policy takes
+    more memory for a moment than a broker ever needs again."""
+    trim = getattr(_libc, "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
 def close_others_at_exec() -> None:
     """Have every descriptor above 2 closed by the next execve, whatever whoever started this process left open."""
     for name in os.listdir("/proc/self/fd"):

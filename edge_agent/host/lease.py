@@ -87,7 +87,9 @@ class Grant:
         return grant
 
     def to_json(self) -> JsonObject:
-        return dict(dataclasses.asdict(self), protocol=PROTOCOL)
+        # Not `asdict`: it would copy the policy, the largest thing this process ever holds.
+        document = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return dict(document, protocol=PROTOCOL)
 
     @property
     def digest(self) -> str:

@@ -74,6 +74,38 @@ def test_a_failed_write_leaves_no_unfinished_file(sources: Path, tmp_path: Path)
     assert not list(tmp_path.glob(".host.pyz*"))
 
 
+def run(archive: Path, *words: str) -> tuple[int, str]:
+    done = subprocess.run([sys.executable, "-I", archive, *words], capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout.strip() + done.stderr.strip()
+
+
+def test_compiled_modules_are_taken_only_for_the_archive_they_were_made_from(sources: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "host.pyz"
+    build_host_zipapp(archive, sources)
+    assert run(archive, "compile") == (0, "")
+    (compiled,) = (tmp_path / "host.pyz.compiled").iterdir()
+    assert list(compiled.rglob("answer*.pyc"))
+    # What is in the compiled folder is what runs, as long as the archive is the one it was made from.
+    (compiled / "tools/answer.py").unlink()
+    assert run(archive) == (7, "42 []")
+    (sources / "tools/answer.py").write_text("ANSWER = 43\n")
+    build_host_zipapp(archive, sources)
+    assert run(archive) == (7, "43 []")
+    assert run(archive, "compile") == run(archive, "compile") == (0, "")
+    (newer,) = (tmp_path / "host.pyz.compiled").iterdir()
+    assert newer.name != compiled.name
+    assert run(archive) == (7, "43 []")
+
+
+def test_an_archive_that_cannot_be_compiled_says_so_and_leaves_nothing(sources: Path, tmp_path: Path) -> None:
+    (sources / "tools/answer.py").write_text("ANSWER = (\n")
+    build_host_zipapp(tmp_path / "host.pyz", sources)
+    status, said = run(tmp_path / "host.pyz", "compile")
+    assert status == 1
+    assert "could not be compiled" in said
+    assert not list((tmp_path / "host.pyz.compiled").iterdir())
+
+
 def test_building_does_not_import_the_runner() -> None:
     program = (
         "import sys; from quadlets.zipapp_build import BuildError, host_zipapp\n"

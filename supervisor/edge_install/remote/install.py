@@ -329,6 +329,9 @@ def _make_files(document: Json, account: Account, changes: Changes, record: Json
     except Failed:
         account.do(lambda: put_back(done["changed"]))
         account.systemctl("daemon-reload", check=False)
+        account.run(
+            [document["python"], "-I", os.path.join(account.home, INSTALLATION, "host.pyz"), "compile"], check=False
+        )
         raise
 
 
@@ -417,8 +420,10 @@ def prove(document: Json, account: Account) -> None:
     account.run(check, timeout=120.0)
     # podman keeps one process per user to hold the namespace; after an installation nothing may be left running.
     account.run(["podman", "system", "migrate"], check=False)
-    gatekeeper = [document["python"], "-I", os.path.join(account.home, INSTALLATION, "host.pyz"), "gatekeeper"]
-    done = account.run(["env", "SSH_ORIGINAL_COMMAND=hello", *gatekeeper], check=False)
+    host = [document["python"], "-I", os.path.join(account.home, INSTALLATION, "host.pyz")]
+    # Compiled once, not at every start; an archive that cannot be compiled fails here.
+    account.run([*host, "compile"])
+    done = account.run(["env", "SSH_ORIGINAL_COMMAND=hello", *host, "gatekeeper"], check=False)
     try:
         said = json.loads(done.stdout)
     except ValueError:
