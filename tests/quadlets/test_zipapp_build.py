@@ -86,8 +86,11 @@ def test_compiled_modules_are_taken_only_for_the_archive_they_were_made_from(sou
     (compiled,) = (tmp_path / "host.pyz.compiled").iterdir()
     assert list(compiled.rglob("answer*.pyc"))
     # What is in the compiled folder is what runs, as long as the archive is the one it was made from.
-    (compiled / "tools/answer.py").unlink()
+    (compiled / "tools/answer.py").write_text("ANSWER = 99\n")
     assert run(archive) == (7, "42 []")
+    (pyc,) = compiled.rglob("answer*.pyc")
+    pyc.unlink()
+    assert run(archive) == (7, "99 []")
     (sources / "tools/answer.py").write_text("ANSWER = 43\n")
     build_host_zipapp(archive, sources)
     assert run(archive) == (7, "43 []")
