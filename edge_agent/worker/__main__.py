@@ -57,11 +57,14 @@ async def serve(directory: Path) -> None:
         loop.add_signal_handler(number, stop.set)
     serving = asyncio.create_task(server.serve(sockets=[listen(directory, "a2a.sock")]))
     try:
-        await tools.hello()
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({asyncio.ensure_future(tools.hello()), stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if stop.is_set():
+            return
         while not server.started and not serving.done():
             await asyncio.sleep(0.002)
         tools.say_ready({"pid": os.getpid(), "start_s": round(time.monotonic() - STARTED, 3)})
-        waits = {asyncio.create_task(stop.wait()), asyncio.create_task(tools.gone.wait()), serving}
+        waits = {stopping, asyncio.create_task(tools.gone.wait()), serving}
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     finally:
         agent.cancel()
@@ -81,6 +84,9 @@ def main() -> int:
             "(CHARGEHAND_WORKER_DIR names another one)\n"
         )
         return 2
+    # The first process of a container has no default handlers: without one, a stop during the imports costs the whole
+    # time between SIGTERM and SIGKILL.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     asyncio.run(serve(directory))
     return 0
 
