@@ -35,10 +35,17 @@ def _exact(document: Any, media_type: str) -> Part:
     return Part(text=json.dumps(document, separators=(",", ":")), media_type=media_type)
 
 
+def _media_type(part: Part) -> str:
+    """A2A 0.3 has no media type on a text part: there it stands in the part's metadata, as ``mediaType``."""
+    if part.media_type or "mediaType" not in part.metadata:
+        return str(part.media_type)
+    return str(part.metadata["mediaType"])
+
+
 def _read(parts: Iterable[Part], media_type: str) -> list[Any]:
     found = []
     for part in parts:
-        if part.media_type == media_type and part.WhichOneof("content") == "text":
+        if _media_type(part) == media_type and part.WhichOneof("content") == "text":
             try:
                 found.append(json.loads(part.text))
             except (ValueError, RecursionError) as error:
