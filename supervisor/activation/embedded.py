@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -60,11 +61,12 @@ class EmbeddedMachine:
         """Write zipapp and configuration. The run directory must have a short path: UNIX sockets end at 107 bytes."""
         self.home.mkdir(parents=True, mode=0o700, exist_ok=True)
         build_host_zipapp(self.home / "host.pyz")
+        self._run_dir = self._choose_run_dir()
         configuration = {
             "protocol": 1,
             "machine": self._machine_id,
             "units": "process",
-            "run_dir": str(self._choose_run_dir()),
+            "run_dir": str(self._run_dir),
             "worker_argv": [sys.executable, "-I", "-m", "edge_agent.worker"],
         }
         (self.home / "host.json").write_text(json.dumps(configuration, indent=1), encoding="utf-8")
@@ -171,6 +173,10 @@ class EmbeddedMachine:
         for task in list(self._children):
             task.cancel()
         await asyncio.gather(*self._children, return_exceptions=True)
+        run_dir = self._run_dir
+        # A run directory elsewhere (this home's path is too long for sockets) goes as well, unless a run is on in it.
+        if run_dir is not None and self.home not in run_dir.parents and not (run_dir / "broker.sock").exists():
+            shutil.rmtree(run_dir, ignore_errors=True)
 
 
 async def _feed(source: asyncssh.SSHReader[bytes], sink: asyncio.StreamWriter) -> None:
