@@ -11,7 +11,8 @@ ifdef UV
 create  = test -x $(BIN)/python || uv venv --quiet --python $(PYTHON) $(VENV)
 install = uv pip install --quiet --python $(BIN)/python
 else
-create  = test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+# An environment that uv made has no pip; venv puts it in.
+create  = $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 install = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 endif
 
