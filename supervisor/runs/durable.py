@@ -33,7 +33,7 @@ QUEUE = "runs"
 # The flow's version: runs begun by another one are not taken over by code that would read their steps differently.
 FLOW_VERSION = "chargehand-flow-1"
 # How often the queue and the store are looked at, seconds; in the same process an event wakes the intake at once.
-POLL_S = 0.05
+POLL_S = 0.1
 INTAKE_S = 0.25
 # Tries of a stage whose error is the gateway's own (database away), and the first pause between them, seconds.
 STAGE_TRIES, STAGE_PAUSE_S = 5, 0.5
