@@ -24,7 +24,12 @@ def commands(page: Path) -> list[list[str]]:
 
 
 def chargehand(words: list[str], home: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HOME": str(home), "XDG_CONFIG_HOME": str(home / "c"), "XDG_DATA_HOME": str(home / "d")}
+    environment = {
+        **os.environ,
+        "HOME": str(home),
+        "XDG_CONFIG_HOME": str(home / "c"),
+        "XDG_DATA_HOME": str(home / "d"),
+    }
     return subprocess.run(
         [*CHARGEHAND, *words], cwd=ROOT, env=environment, text=True, capture_output=True, check=False, timeout=120,
         stdin=subprocess.DEVNULL,
